@@ -1,0 +1,781 @@
+"""MLP-Mixer with a convolution stem on CIFAR, in one Keras file.
+
+Reproduces Kanazi, Mnaa and Eisa, "Improving MLP-Mixer Performance on Small Image Datasets Using
+Locality-Aware Modifications". To an MLP-Mixer its patches are an unordered set; a 3x3 depthwise
+and a 1x1 convolution after patch embedding show each patch its neighbours.
+
+    python hybrid_mixer.py --dataset cifar100 --model hybrid
+
+trains 30 epochs and writes results/cifar100-hybrid-seed0.json, the model beside it, plots and
+results/table.md. README.md says what that reaches, in what time and on what hardware.
+"""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+import time
+
+import h5py
+import numpy as np
+from absl import app, flags
+
+# TensorFlow writes start-up lines straight to file descriptor 2, whatever its log level is.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+_stderr = os.dup(2)
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+try:
+    import keras
+    from keras import layers, ops
+finally:
+    os.dup2(_stderr, 2)
+
+
+# ------------------------------------------------------------------------------------ layers
+
+
+@keras.saving.register_keras_serializable(package="hybrid_mixer")
+class ConvStem(layers.Layer):
+    """Depthwise separable convolution: shows each patch its neighbours.
+
+    `gelu(batch_norm(pointwise(depthwise(x))))`, both convolutions without bias: 17,536 weights
+    for 128 channels. The paper's text has the two alone, its authors' code the other two as well.
+
+    Args:
+        kernel_size: int, height and width of the depthwise filters. Defaults to `3`.
+
+    Input and output shape: `(batch, height, width, channels)`, channels known.
+    Reference: Kanazi, Mnaa and Eisa, section 3.1.
+
+    >>> ConvStem()(keras.ops.ones((2, 8, 6, 128))).shape
+    (2, 8, 6, 128)
+    """
+
+    def __init__(self, kernel_size=3, **kwargs):
+        super().__init__(**kwargs)
+        self.kernel_size = kernel_size
+
+    def build(self, input_shape):
+        if len(input_shape) != 4 or input_shape[-1] is None:
+            wanted = "(batch, height, width, channels), channels known"
+            raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
+        # Kernels start uniform in +-1/sqrt(fan_in); a depthwise filter sees one channel.
+        bound = 1 / self.kernel_size
+        spatial = keras.initializers.RandomUniform(-bound, bound)
+        across = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+        policy = {"dtype": self.dtype_policy}
+        options = {"use_bias": False, "data_format": "channels_last", **policy}
+        self.depthwise = layers.DepthwiseConv2D(
+            self.kernel_size, padding="same", depthwise_initializer=spatial, **options
+        )
+        self.pointwise = layers.Conv2D(input_shape[-1], 1, kernel_initializer=across, **options)
+        self.norm = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, **policy)
+        for layer in (self.depthwise, self.pointwise, self.norm):
+            layer.build(input_shape)
+
+    def call(self, inputs, training=None):
+        x = self.pointwise(self.depthwise(inputs))
+        return ops.gelu(self.norm(x, training=training), approximate=False)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "kernel_size": self.kernel_size}
+
+
+@keras.saving.register_keras_serializable(package="hybrid_mixer")
+class MixerBlock(layers.Layer):
+    """One block of the MLP-Mixer: an MLP across tokens, then an MLP across channels.
+
+    `u = x + transpose(mlp(transpose(norm(x))))`, `y = u + mlp(norm(u))`; each MLP is dense, exact
+    GELU, dropout, dense, dropout, and the two layer norms (epsilon 1e-5) share nothing.
+
+    Args:
+        tokens_mlp_dim, channels_mlp_dim: int, hidden widths of the two MLPs.
+        dropout: float in `[0, 1)`, chance of an activation to be zeroed in training.
+
+    Input and output shape: `(batch, tokens, channels)`, tokens and channels known.
+    Reference: Tolstikhin et al., 2021; Kanazi, Mnaa and Eisa, equations 1 and 2.
+
+    >>> MixerBlock(tokens_mlp_dim=64, channels_mlp_dim=256)(keras.ops.ones((2, 48, 128))).shape
+    (2, 48, 128)
+    """
+
+    def __init__(self, tokens_mlp_dim, channels_mlp_dim, dropout=0.0, **kwargs):
+        super().__init__(**kwargs)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1). Received: {dropout!r}")
+        self.tokens_mlp_dim = tokens_mlp_dim
+        self.channels_mlp_dim = channels_mlp_dim
+        self.dropout = dropout
+        self.seed_generator = keras.random.SeedGenerator()
+
+    def build(self, input_shape):
+        if len(input_shape) != 3 or None in tuple(input_shape)[1:]:
+            wanted = "(batch, tokens, channels), tokens and channels known"
+            raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
+        _, tokens, channels = input_shape
+
+        def dense(size, units):  # Kernels start uniform in +-1/sqrt(fan_in).
+            uniform = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+            layer = layers.Dense(units, kernel_initializer=uniform, dtype=self.dtype_policy)
+            layer.build((None, None, size))
+            return layer
+
+        self.token_norm = layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
+        self.token_norm.build(input_shape)
+        self.token_hidden = dense(tokens, self.tokens_mlp_dim)
+        self.token_output = dense(self.tokens_mlp_dim, tokens)
+        self.channel_norm = layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
+        self.channel_norm.build(input_shape)
+        self.channel_hidden = dense(channels, self.channels_mlp_dim)
+        self.channel_output = dense(self.channels_mlp_dim, channels)
+
+    def call(self, inputs, training=None):
+        x = ops.transpose(self.token_norm(inputs), (0, 2, 1))
+        x = self._mlp(x, self.token_hidden, self.token_output, training)
+        inputs = inputs + ops.transpose(x, (0, 2, 1))
+        x = self.channel_norm(inputs)
+        return inputs + self._mlp(x, self.channel_hidden, self.channel_output, training)
+
+    def _mlp(self, x, hidden, output, training):
+        x = hidden(x) * 0.5**0.5
+        x = x * (0.5**0.5 * (1 + ops.erf(x)))  # The exact GELU, in the fewest passes.
+        return self._dropout(output(self._dropout(x, training)), training)
+
+    def _dropout(self, x, training):
+        if not training or self.dropout == 0:
+            return x
+        # One random byte decides on one element, since random numbers are what dropout costs
+        # on a CPU; a threshold between two bytes is rounded at random, so the rate is exact.
+        *shape, size = ops.shape(x)
+        shape = (*shape, -(-size // 4))
+        words = keras.random.randint(shape, -(2**31), 2**31 - 1, seed=self.seed_generator)
+        draws = ops.view(words, "uint8")[..., :size]
+        rounding = keras.random.uniform((), dtype="float32", seed=self.seed_generator)
+        threshold = ops.minimum(ops.floor(256 * self.dropout + rounding), 255)
+        keep = ops.cast(draws >= ops.cast(threshold, "uint8"), x.dtype)
+        return x * (keep * (1 / (1 - self.dropout)))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        names = ("tokens_mlp_dim", "channels_mlp_dim", "dropout")
+        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+# ------------------------------------------------------------------------------------ models
+
+# All that the models differ in: is there a stem after patch embedding, and after how many
+# Mixer blocks each stands another convolution of the same kind (0: nowhere).
+MODELS = {"mixer": (False, 0), "hybrid": (True, 0), "interleaved": (True, 2)}
+
+
+def build_model(
+    model="hybrid", image_shape=(32, 32, 3), num_classes=10, patch_size=4, hidden_dim=128,
+    num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=256, dropout=0.15,
+):  # fmt: skip
+    """Builds an MLP-Mixer, with the paper's convolution stem or without.
+
+    Args:
+        model: `"mixer"` (the baseline), `"hybrid"` (the stem once, as in the paper's text) or
+            `"interleaved"` (also after every second block, as in its authors' code).
+        image_shape: `(height, width, channels)`, height and width multiples of `patch_size`.
+        num_classes, patch_size (pixels), hidden_dim (channels of a token), num_blocks: int.
+        tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
+
+    Returns: a Functional `keras.Model` from normalised images `(batch, height, width, channels)`
+    to float32 logits `(batch, num_classes)`, its weights in the order of the data's way.
+
+    Raises: ValueError, if `model` is unknown or a size is wrong or doesn't fit the patch.
+    """
+    if model not in MODELS:
+        raise ValueError(f"`model` must be one of {', '.join(MODELS)}. Received: {model!r}")
+    height, width, _ = image_shape
+    if height % patch_size or width % patch_size:
+        wanted = f"Height and width must be multiples of `patch_size` {patch_size}"
+        raise ValueError(f"{wanted}. Received: image_shape={image_shape}")
+    has_stem, conv_every = MODELS[model]
+    grid = (height // patch_size, width // patch_size, hidden_dim)
+    to_grid, to_tokens = layers.Reshape(grid), layers.Reshape((grid[0] * grid[1], hidden_dim))
+
+    def uniform():  # in +-1/sqrt(fan_in)
+        return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+
+    images = keras.Input(image_shape, name="images")
+    x = layers.Conv2D(
+        hidden_dim, patch_size, strides=patch_size, kernel_initializer=uniform(),
+        data_format="channels_last", name="patch_embedding",
+    )(images)  # fmt: skip
+    if has_stem:
+        x = ConvStem(name="stem")(x)
+    x = to_tokens(x)
+    for i in range(1, num_blocks + 1):
+        x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, dropout, name=f"block_{i}")(x)
+        if conv_every and i % conv_every == 0:
+            x = to_tokens(ConvStem(name=f"conv_{i}")(to_grid(x)))
+    x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
+    x = layers.GlobalAveragePooling1D(data_format="channels_last", name="mean_of_tokens")(x)
+    head = layers.Dense(num_classes, kernel_initializer=uniform(), dtype="float32", name="head")
+    return keras.Model(images, head(x), name=model)
+
+
+# -------------------------------------------------------------------------------------- data
+
+
+def load_data(name, data_dir=None):
+    """Loads an image-classification data set into memory.
+
+    Args:
+        name: `"cifar10"`, `"cifar100"`, `"shapes"` (see `draw_shapes`) or another data set of
+            tensorflow-datasets whose images, grey or in colour, all have one size.
+        data_dir: folder of tensorflow-datasets; `None` for its default.
+
+    Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height,
+    width, channels)`, int labels `(n,)`, a list of strings. Raises `ValueError` if the data set
+    can't be had or isn't of this kind.
+    """
+    if name == "shapes":
+        return draw_shapes()
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.download import downloader
+
+    downloader.MAX_RETRIES = 0  # Its ten retries take minutes to say that a host is down.
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        builder.download_and_prepare(download_config=config)
+    except Exception as error:
+        raise ValueError(
+            f"Data set {name!r} can't be had ({str(error).strip().splitlines()[0]}): run the same "
+            "command again once name and network are right, give --data_dir a folder where it is "
+            "prepared, or use --dataset shapes, which needs no download."
+        ) from error
+    info, kinds = builder.info, [tfds.features.Image, tfds.features.ClassLabel]
+    features = [info.features[key] for key in info.supervised_keys or ()]
+    if [type(f) for f in features] != kinds or None in features[0].shape:
+        raise ValueError(f"Data set {name!r} isn't of labelled images of one size: try another.")
+    if not {"train", "test"} <= set(info.splits):
+        raise ValueError(f"Data set {name!r} lacks a train or a test split: try another.")
+    splits = (builder.as_dataset(s, batch_size=-1, as_supervised=True) for s in ("train", "test"))
+    return *map(tfds.as_numpy, splits), features[1].names
+
+
+def draw_shapes(num_train=5000, num_test=1000, seed=0):
+    """Draws ten kinds of bright shape, 11 pixels wide, somewhere in busy 32x32 colour pictures.
+
+    Neither colour nor place tells the classes apart, and a flip or a small turn changes none.
+    Returns what `load_data` returns, always the same for the same arguments.
+    """
+    names = "disk ring square frame plus saltire triangle rows columns checks".split()
+    y, x = np.mgrid[-5:6, -5:6]
+    box, radius = np.maximum(abs(x), abs(y)), np.hypot(x, y)
+    shapes = [
+        radius < 5.4, (radius < 5.4) & (radius > 2.9), box <= 5, box > 2,
+        np.minimum(abs(x), abs(y)) <= 1, np.minimum(abs(x - y), abs(x + y)) <= 1,
+        2 * abs(x) <= y + 5, y % 4 < 2, x % 4 < 2, (x // 3 + y // 3) % 2 == 0,
+    ]  # fmt: skip
+    rng = np.random.default_rng(seed)
+    ramp = np.stack([np.linspace(1, 0, 32), np.linspace(0, 1, 32)])
+    labels = rng.permutation(np.arange(num_train + num_test) % len(names))
+    images = np.empty((len(labels), 32, 32, 3), "uint8")
+    for image, label in zip(images, labels):
+        picture = np.einsum("ay,bx,abc->yxc", ramp, ramp, rng.uniform(20, 130, (2, 2, 3)))
+        picture += rng.normal(0, 8, picture.shape)
+        for top, left in rng.integers(0, 27, (3, 2)):  # Short strokes distract.
+            height, width = rng.permutation([2, rng.integers(3, 7)])
+            picture[top : top + height, left : left + width] = rng.uniform(0, 255, 3)
+        top, left = rng.integers(0, 22, 2)
+        picture[top : top + 11, left : left + 11][shapes[label]] = rng.uniform(160, 255, 3)
+        image[:] = np.clip(picture, 0, 255)
+    train, test = np.s_[:num_train], np.s_[num_train:]
+    return (images[train], labels[train]), (images[test], labels[test]), names
+
+
+class ColorJitter(layers.Layer):
+    """Changes the colours of each image `(batch, height, width, 3)`, pixels 0-255, in training.
+
+    As torchvision defines them (Keras's own layers differ): brightness times, contrast around
+    the mean grey and saturation around each pixel's grey by a factor within `1 +- strength`, then
+    hue turned by up to `hue` of the full circle.
+    """
+
+    def __init__(self, strength=0.1, hue=0.02, **kwargs):
+        super().__init__(**kwargs)
+        self.strength, self.hue = strength, hue
+        self.seed_generator = keras.random.SeedGenerator()
+
+    def call(self, images, training=None):
+        if not training:
+            return images
+        each, seed = (ops.shape(images)[0], 1, 1, 1), self.seed_generator
+        factors = keras.random.uniform((3, *each), 1 - self.strength, 1 + self.strength, seed=seed)
+        x = ops.clip(images * factors[0], 0, 255)
+        mean = ops.mean(self._grey(x), axis=(1, 2), keepdims=True)
+        x = ops.clip(mean + factors[1] * (x - mean), 0, 255)
+        grey = self._grey(x)
+        x = ops.clip(grey + factors[2] * (x - grey), 0, 255)
+        hsv = ops.image.rgb_to_hsv(x / 255)  # Right only for pixels in 0-1.
+        hue = (hsv[..., :1] + keras.random.uniform(each, -self.hue, self.hue, seed=seed)) % 1
+        return 255 * ops.image.hsv_to_rgb(ops.concatenate([hue, hsv[..., 1:]], axis=-1))
+
+    def _grey(self, x):
+        return 0.299 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
+
+
+def add_preprocessing(network, train_images):
+    """Puts normalisation by the train images' mean and deviation in front of a network.
+
+    Returns `(trainer, classifier)`, models from pixels 0-255 `(batch, height, width, channels)`
+    to logits that share all weights. Only `trainer` augments, and only in training: flip, shift
+    by up to 4 pixels, turn by up to 15 degrees, colours, in one image of ten a box of mean colour.
+    """
+    height, width, channels = shape = train_images.shape[1:]
+    mean = train_images.mean((0, 1, 2))
+    variance = np.square(train_images, dtype="uint16").mean((0, 1, 2)) - mean**2
+    normalize = layers.Normalization(mean=mean, variance=variance, dtype="float32")
+    # Keras draws the probability from a range: only (0.1, 0.1) means one image of ten.
+    erase = layers.RandomErasing((0.1, 0.1), (0.02, 0.33), fill_value=0.0, dtype="float32")
+    nearest = {"fill_mode": "constant", "interpolation": "nearest", "dtype": "float32"}
+    augmentation = [
+        layers.RandomFlip("horizontal", dtype="float32"),
+        # Rounded to whole pixels, +-4.5 gives each shift from -4 to 4 the same chance.
+        layers.RandomTranslation(4.5 / height, 4.5 / width, **nearest),
+        layers.RandomRotation(15 / 360, **nearest),
+        *([ColorJitter(dtype="float32")] if channels == 3 else []),
+    ]
+    pixels = keras.Input(shape, name="pixels")
+    classifier = keras.Model(pixels, network(normalize(pixels)), name=network.name)
+    x = pixels = keras.Input(shape, dtype="uint8", name="pixels")
+    for layer in [*augmentation, normalize, erase]:
+        x = layer(x)
+    return keras.Model(pixels, network(x)), classifier
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of images and labels, in an order that only seed and epoch decide.
+
+    Two threads read ahead; without them Keras hands over to a tf.data pipeline whose automatic
+    tuning has been seen to delay the end of an epoch by as long as the epoch itself.
+    """
+
+    def __init__(self, images, labels, batch_size, seed=None):
+        super().__init__(workers=2)
+        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.order = np.arange(len(images))
+
+    def shuffle(self, epoch):
+        self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+
+    def __len__(self):
+        return math.ceil(len(self.images) / self.batch_size)
+
+    def __getitem__(self, index):
+        part = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        return self.images[part], self.labels[part]
+
+
+class Cosine(keras.optimizers.schedules.LearningRateSchedule):
+    """Learning rate `peak * (1 + cos(pi * step / half_period)) / 2`, steps counted from 0."""
+
+    def __init__(self, peak, half_period):
+        self.peak, self.half_period = peak, half_period
+
+    def __call__(self, step):
+        turn = math.pi * ops.cast(step, "float32") / self.half_period
+        return self.peak * (1 + ops.cos(turn)) / 2
+
+    def get_config(self):
+        return {"peak": self.peak, "half_period": self.half_period}
+
+
+class EpochState(keras.callbacks.Callback):
+    """Makes an epoch depend on nothing but the state before it, and saves the state after it.
+
+    Seed and epoch set the order and all seed generators anew; weights, optimizer and history go
+    into one file, moved into place when whole: a stopped run goes on as if it never had been.
+    """
+
+    def __init__(self, batches, path):
+        super().__init__()
+        self.batches, self.path, self.history = batches, path, {}
+
+    def restore(self, model):
+        """Loads the saved state, if there is one, into `model`; returns the epochs done."""
+        if not self.path.exists():
+            return 0
+        model.load_weights(self.path)
+        with h5py.File(self.path) as file:
+            self.history = json.loads(file["history"][()])
+        return len(self.history["seconds"])
+
+    def save(self, path):
+        self.model.save_weights(path)
+        with h5py.File(path, "a") as file:
+            file["history"] = json.dumps(self.history)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.batches.shuffle(epoch)
+        rng = np.random.default_rng([self.batches.seed, epoch, 1])
+        for variable in self.model.non_trainable_variables:
+            if variable.name == "seed_generator_state":
+                variable.assign(rng.integers(2**32, size=2, dtype="uint32"))
+        self.begun = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(logs["loss"]):
+            raise ValueError("The loss is no longer finite: try a smaller --learning_rate.")
+
+    def on_test_begin(self, logs=None):
+        self.train_seconds = time.perf_counter() - self.begun
+
+    def on_epoch_end(self, epoch, logs=None):
+        row = {
+            "train_loss": logs["loss"], "train_accuracy": logs["accuracy"],
+            "test_loss": logs["val_loss"], "test_accuracy": logs["val_accuracy"],
+            "train_seconds": self.train_seconds, "seconds": time.perf_counter() - self.begun,
+        }  # fmt: skip
+        for name, value in row.items():
+            self.history.setdefault(name, []).append(float(value))
+        write_atomically(self.path, self.save)
+
+
+def write_atomically(path, write):
+    """Calls `write` with a name beside `path`, then moves what it wrote to `path`."""
+    partial = path.with_name(f".partial-{path.name}")
+    write(partial)
+    os.replace(partial, path)
+
+
+def run_path(settings, output_dir, ending):
+    """Returns the path of a run's result or model, or of its checkpoint."""
+    name = "{dataset}-{model}-seed{seed}".format(**settings).replace("/", "_")
+    if ending == ".weights.h5":  # Checkpoints of other settings are never in the way.
+        name = f".{name} {unusual(settings)}".rstrip()
+    return output_dir / (name + ending)
+
+
+def unusual(settings):
+    """Returns the settings that aren't the defaults, as a string."""
+    return ", ".join(f"{k} {settings[k]}" for k, v in SETTINGS.items() if settings[k] != v[0])
+
+
+def train(settings, data, output_dir):
+    """Trains one model, going on where an earlier run with the same settings was stopped.
+
+    Args:
+        settings: dict of `dataset`, `model`, `seed` (one each) and all `SETTINGS`.
+        data: what `load_data` returns.
+        output_dir: `pathlib.Path` of the folder for result, model and checkpoint.
+
+    Returns what the JSON file has, a dict. Raises `ValueError` if sizes don't fit or the loss is
+    no longer finite.
+    """
+    (x_train, y_train), test, class_names = data
+    keras.utils.clear_session()
+    keras.config.set_dtype_policy(settings["precision"])
+    keras.utils.set_random_seed(settings["seed"])
+    sizes = {name: settings[name] for name in MODEL_SETTINGS}
+    network = build_model(image_shape=x_train.shape[1:], num_classes=len(class_names), **sizes)
+    trainer, classifier = add_preprocessing(network, x_train)
+    batches = Batches(x_train, y_train, settings["batch_size"], settings["seed"])
+    # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
+    steps = 30 if settings["schedule"] == "published" else settings["epochs"] * len(batches)
+    trainer.compile(
+        keras.optimizers.AdamW(
+            Cosine(settings["learning_rate"], steps), settings["weight_decay"], epsilon=1e-8
+        ),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    trainer.optimizer.build(trainer.trainable_variables)  # Else TensorFlow traces a step twice.
+    state = EpochState(batches, run_path(settings, output_dir, ".weights.h5"))
+    done = state.restore(trainer)
+    print(
+        "{dataset}, {model}, seed {seed}:".format(**settings),
+        f"{count_parameters(network):,} trainable parameters, {done} epochs done",
+    )
+    # `batches` shuffle themselves; Keras would do it from a state that nothing saves.
+    trainer.fit(
+        batches, validation_data=Batches(*test, 500), callbacks=[state], shuffle=False,
+        initial_epoch=done, epochs=settings["epochs"],
+    )  # fmt: skip
+    result = summarize(settings, network, class_names, state.history, len(x_train))
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    write_atomically(run_path(settings, output_dir, ".keras"), classifier.save)
+    write_atomically(run_path(settings, output_dir, ".json"), lambda path: path.write_text(text))
+    state.path.unlink()
+    return result
+
+
+def count_parameters(*parts):
+    """Returns the number of trainable parameters in models or layers."""
+    return sum(math.prod(weight.shape) for part in parts for weight in part.trainable_weights)
+
+
+def summarize(settings, network, class_names, history, num_images):
+    """Returns all that is known of a finished run: accuracies as fractions, times in seconds."""
+    best = int(np.argmax(history["test_accuracy"]))
+    seconds, train_seconds = (history[k][1:] or history[k] for k in ("seconds", "train_seconds"))
+    stems = [layer for layer in network.layers if isinstance(layer, ConvStem)]
+    return {
+        "settings": settings,
+        "parameters": count_parameters(network),
+        "parameters_conv_stems": count_parameters(*stems),
+        "class_names": class_names,
+        "final_test_accuracy": history["test_accuracy"][-1],
+        "final_test_loss": history["test_loss"][-1],
+        "best_epoch_selected_on_test": best + 1,
+        "best_test_accuracy_selected_on_test": history["test_accuracy"][best],
+        "seconds_first_epoch": history["seconds"][0],
+        "seconds_per_epoch": float(np.median(seconds)),
+        "train_images_per_second": num_images / float(np.median(train_seconds)),
+        **describe_machine(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "history": history,
+    }
+
+
+def describe_machine():
+    """Returns the names of device and backend and the versions, a dict of strings."""
+    backend = keras.backend.backend()
+    library, gpus = sys.modules[backend], len(keras.distribution.list_devices("gpu"))
+    if gpus and backend == "tensorflow":
+        first = library.config.list_physical_devices("GPU")[0]
+        name = library.config.experimental.get_device_details(first).get("device_name", "GPU")
+    elif gpus:
+        name = library.devices()[0].device_kind
+    else:
+        cpuinfo = pathlib.Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+        name = (names or [platform.processor() or platform.machine()])[0]
+    return {
+        "device": f"{gpus} x {name}" if gpus else f"{name}, {os.cpu_count()} CPU cores",
+        "backend": f"{backend} {library.__version__}",
+        "keras": keras.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# ---------------------------------------------------------------------- results and plots
+
+# Test accuracy in the paper's Table 1, in percent (one run, its best epoch on the test split):
+# what the text says a model reached, and what the authors' code reached with it.
+PAPER = {
+    ("cifar10", "mixer"): ("76.71", "76.71"), ("cifar100", "mixer"): ("48.20", "48.20"),
+    ("cifar10", "hybrid"): ("82.27", ""), ("cifar100", "hybrid"): ("55.03", ""),
+    ("cifar10", "interleaved"): ("", "82.27"), ("cifar100", "interleaved"): ("", "55.03"),
+}  # fmt: skip
+STYLES = {"mixer": ("tab:blue", "--"), "hybrid": ("tab:red", "-"), "interleaved": ("tab:green", "-.")}
+
+
+def load_groups(folder):
+    """Reads all results in `folder`.
+
+    Returns a list of dicts, one for each data set, model and wording of what is unusual in the
+    settings, with the runs (which differ in the seed), `{seed: final accuracy in percent}` and
+    the gains in points over `mixer`, one for each seed that both have run.
+    """
+    groups = {}
+    for path in sorted(folder.glob("*-seed*.json")):
+        try:
+            run = json.loads(path.read_text())
+            settings = run["settings"]
+            rank = list(MODELS).index(settings["model"])
+            key = (settings["dataset"], unusual(settings), rank)
+            accuracy = 100 * run["final_test_accuracy"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"Left out of table and plots: {path} ({error!r})", file=sys.stderr)
+            continue
+        group = groups.setdefault(key, {"runs": [], "accuracy": {}, "unusual": key[1]})
+        group.update(dataset=settings["dataset"], model=settings["model"])
+        group["runs"].append(run)
+        group["accuracy"][settings["seed"]] = accuracy
+    for key, group in groups.items():
+        base = groups.get((*key[:2], 0), {"accuracy": {}})["accuracy"] if key[2] else {}
+        group["gains"] = [v - base[seed] for seed, v in group["accuracy"].items() if seed in base]
+    return [groups[key] for key in sorted(groups)]
+
+
+def mean_std(values, sign=""):
+    """Formats values as their mean, with the standard deviation where there are several."""
+    mean = f"{np.mean(values):{sign}.2f}" if values else ""
+    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
+
+
+def make_table(groups):
+    """Returns a Markdown table with a row for each group."""
+    head = (
+        "data set|model|settings|parameters|test accuracy, %|gain over mixer, points|seeds|"
+        "best epoch's accuracy (selected on the test split), %|paper's text, %|authors' code, %|"
+        "seconds an epoch|hardware|backend"
+    ).split("|")
+    rows = [head, ["---"] * len(head)]
+    for group in groups:
+        runs = group["runs"]
+        rows.append([
+            group["dataset"], group["model"], group["unusual"] or "defaults",
+            f"{runs[0]['parameters']:,}", mean_std(list(group["accuracy"].values())),
+            mean_std(group["gains"], "+"), ", ".join(map(str, sorted(group["accuracy"]))),
+            mean_std([100 * run["best_test_accuracy_selected_on_test"] for run in runs]),
+            *PAPER.get((group["dataset"], group["model"]), ("", "")),
+            f"{np.median([run['seconds_per_epoch'] for run in runs]):.3g}",
+            *("; ".join(sorted({run[k] for run in runs})) for k in ("device", "backend")),
+        ])  # fmt: skip
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def plot_loss(groups, path):
+    """Draws train and test loss over the epochs; several seeds as mean +- deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axis, split in zip(figure.subplots(1, 2, sharey=True), ("train", "test")):
+        for group in groups:
+            color, line = STYLES[group["model"]]
+            losses = np.array([run["history"][f"{split}_loss"] for run in group["runs"]])
+            mean, std, epochs = losses.mean(0), losses.std(0), np.arange(1, losses.shape[1] + 1)
+            label = " ".join([group["model"], group["unusual"]])
+            axis.plot(epochs, mean, line, color=color, label=label)
+            axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+        title = f"{group['dataset']}, {split} loss"
+        axis.set(title=title, xlabel="epoch", ylabel="cross-entropy")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_accuracy(groups, path):
+    """Draws each group's final test accuracy as a bar, the gain over `mixer` above it."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 1.2 * len(groups), 4.5), layout="constrained")
+    axis = figure.subplots()
+    names = ["\n".join([g["dataset"], g["model"], *g["unusual"].split(", ")]) for g in groups]
+    for name, group in zip(names, groups):
+        values = list(group["accuracy"].values())
+        color = STYLES[group["model"]][0]
+        bar = axis.bar(name, np.mean(values), yerr=np.std(values), color=color)
+        axis.bar_label(bar, [mean_std(group["gains"], "+")], padding=4)
+    axis.set(title="Points gained over mixer above the bars", ylabel="final test accuracy, %")
+    axis.margins(y=0.12)
+    figure.savefig(path, dpi=120)
+
+
+def report(folder):
+    """Draws table and plots of all results in `folder`; returns the table."""
+    groups = load_groups(folder)
+    if not groups:
+        raise ValueError(f"There is no result in {folder}: train first, or give --output_dir.")
+    for name, part in itertools.groupby(groups, lambda group: group["dataset"]):
+        path = folder / f"{name.replace('/', '_')}_loss.png"
+        write_atomically(path, lambda partial: plot_loss(list(part), partial))
+    write_atomically(folder / "accuracy.png", lambda partial: plot_accuracy(groups, partial))
+    write_atomically(folder / "table.md", lambda partial: partial.write_text(make_table(groups)))
+    return make_table(groups)
+
+
+# ---------------------------------------------------------------------------- flags and main
+
+SETTINGS = {  # Default, smallest value or choices, meaning; `train` adds data set, model, seed.
+    "epochs": (30, 1, "Passes over the train split."),
+    "batch_size": (128, 1, "Images a step."),
+    "learning_rate": (3e-3, 0.0, "Peak learning rate."),
+    "weight_decay": (5e-4, 0.0, "AdamW's weight decay."),
+    "schedule": ("cosine", ["cosine", "published"], "Learning rate over time."),
+    "dropout": (0.15, 0.0, "Chance of an activation to be zeroed, below 1."),
+    "patch_size": (4, 1, "Height and width of a patch, in pixels."),
+    "hidden_dim": (128, 1, "Channels of a token."),
+    "num_blocks": (8, 1, "Number of Mixer blocks."),
+    "tokens_mlp_dim": (64, 1, "Hidden width of the MLP across tokens."),
+    "channels_mlp_dim": (256, 1, "Hidden width of the MLP across channels."),
+    "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
+}
+MODEL_SETTINGS = ["model", *list(SETTINGS)[5:11]]
+
+
+def define_flags():
+    """Defines the flags; only running this file as a script calls it."""
+    for name, (default, limit, text) in SETTINGS.items():
+        if isinstance(limit, list):
+            flags.DEFINE_enum(name, default, limit, text)
+        else:
+            define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
+            define(name, default, text, lower_bound=limit)
+    for name, default, valid, text in (
+        ("dataset", "cifar10", bool, "cifar10, cifar100, shapes or names of tfds"),
+        ("model", "hybrid", MODELS.__contains__, ", ".join(MODELS)),
+        ("seed", "0", str.isdecimal, "whole numbers from 0 on"),
+    ):
+        text = f"one or several, with commas between them, of: {text}"
+        flags.DEFINE_list(name, default, text)
+        flags.register_validator(name, lambda v, ok=valid: v and all(map(ok, v)), f"must be {text}")
+    flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
+    flags.DEFINE_string("output_dir", "results", "Folder of results, models, plots and table.")
+    flags.DEFINE_boolean("overwrite", False, "Run what has a result already, replacing it.")
+    flags.DEFINE_boolean("plot", False, "Train nothing; draw plots and table of the results.")
+
+
+def is_done(settings, output_dir):
+    """Tells whether a run has its result; raises ValueError if other settings made that."""
+    path = run_path(settings, output_dir, ".json")
+    if not path.exists():
+        return False
+    old = json.loads(path.read_text())["settings"]
+    differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
+    if differ:
+        raise ValueError(
+            f"{path} was made with other settings ({'; '.join(differ)}): give another "
+            "--output_dir, or --overwrite to replace it."
+        )
+    print(f"{path} is done already; --overwrite would run it again.")
+    return True
+
+
+def sweep(values, output_dir):
+    """Trains all combinations of data set, seed and model that have no result yet."""
+    machine = describe_machine()
+    found = "" if keras.distribution.list_devices("gpu") else "NO GPU FOUND, this takes long: "
+    print(f"{found}{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
+    names = ("dataset", "seed", "model")
+    runs = [
+        {**dict(zip(names, run)), "seed": int(run[1]), **{name: values[name] for name in SETTINGS}}
+        for run in itertools.product(*(dict.fromkeys(values[name]) for name in names))
+    ]
+    runs = [run for run in runs if values["overwrite"] or not is_done(run, output_dir)]
+    for dataset, group in itertools.groupby(runs, lambda settings: settings["dataset"]):
+        data = load_data(dataset, values["data_dir"])
+        for settings in group:
+            result = train(settings, data, output_dir)
+            print(f"Test accuracy {100 * result['final_test_accuracy']:.2f} % after the last epoch.")
+            report(output_dir)
+
+
+def main(argv):
+    """Does what the flags say; exits with status 1 and one sentence where the user must act."""
+    values = flags.FLAGS.flag_values_dict()
+    output_dir = pathlib.Path(values["output_dir"])
+    try:
+        if argv[1:]:
+            raise ValueError(f"{argv[1]!r} is no flag: see --help.")
+        if not values["plot"]:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            sweep(values, output_dir)
+        print(report(output_dir))
+    except (ValueError, OSError) as error:
+        sys.exit(f"hybrid_mixer.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("hybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
