@@ -10,6 +10,7 @@ trains 30 epochs and writes results/cifar100-hybrid-seed0.json, the model beside
 results/table.md. README.md says what that reaches, in what time and on what hardware.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -35,14 +36,12 @@ finally:
 
 
 # ------------------------------------------------------------------------------------ layers
-
-
 @keras.saving.register_keras_serializable(package="hybrid_mixer")
 class ConvStem(layers.Layer):
-    """Depthwise separable convolution: shows each patch its neighbours.
+    """Depthwise separable convolution that shows each patch its neighbours.
 
     `gelu(batch_norm(pointwise(depthwise(x))))`, both convolutions without bias: 17,536 weights
-    for 128 channels. The paper's text has the two alone, its authors' code the other two as well.
+    for 128 channels. The paper's text has these two alone, its authors' code all four.
 
     Args:
         kernel_size: int, height and width of the depthwise filters. Defaults to `3`.
@@ -63,16 +62,15 @@ class ConvStem(layers.Layer):
             wanted = "(batch, height, width, channels), channels known"
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
         # Kernels start uniform in +-1/sqrt(fan_in); a depthwise filter sees one channel.
-        bound = 1 / self.kernel_size
-        spatial = keras.initializers.RandomUniform(-bound, bound)
+        spatial = keras.initializers.RandomUniform(-1 / self.kernel_size, 1 / self.kernel_size)
         across = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
-        policy = {"dtype": self.dtype_policy}
-        options = {"use_bias": False, "data_format": "channels_last", **policy}
+        common = {"dtype": self.dtype_policy}
+        conv = {"use_bias": False, "data_format": "channels_last", **common}
         self.depthwise = layers.DepthwiseConv2D(
-            self.kernel_size, padding="same", depthwise_initializer=spatial, **options
+            self.kernel_size, padding="same", depthwise_initializer=spatial, **conv
         )
-        self.pointwise = layers.Conv2D(input_shape[-1], 1, kernel_initializer=across, **options)
-        self.norm = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, **policy)
+        self.pointwise = layers.Conv2D(input_shape[-1], 1, kernel_initializer=across, **conv)
+        self.norm = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, **common)
         for layer in (self.depthwise, self.pointwise, self.norm):
             layer.build(input_shape)
 
@@ -118,7 +116,11 @@ class MixerBlock(layers.Layer):
         if len(input_shape) != 3 or None in tuple(input_shape)[1:]:
             wanted = "(batch, tokens, channels), tokens and channels known"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
-        _, tokens, channels = input_shape
+
+        def norm():
+            layer = layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
+            layer.build(input_shape)
+            return layer
 
         def dense(size, units):  # Kernels start uniform in +-1/sqrt(fan_in).
             uniform = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
@@ -126,12 +128,11 @@ class MixerBlock(layers.Layer):
             layer.build((None, None, size))
             return layer
 
-        self.token_norm = layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
-        self.token_norm.build(input_shape)
+        _, tokens, channels = input_shape
+        self.token_norm = norm()
         self.token_hidden = dense(tokens, self.tokens_mlp_dim)
         self.token_output = dense(self.tokens_mlp_dim, tokens)
-        self.channel_norm = layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
-        self.channel_norm.build(input_shape)
+        self.channel_norm = norm()
         self.channel_hidden = dense(channels, self.channels_mlp_dim)
         self.channel_output = dense(self.channels_mlp_dim, channels)
 
@@ -170,7 +171,6 @@ class MixerBlock(layers.Layer):
 
 
 # ------------------------------------------------------------------------------------ models
-
 # All that the models differ in: is there a stem after patch embedding, and after how many
 # Mixer blocks each stands another convolution of the same kind (0: nowhere).
 MODELS = {"mixer": (False, 0), "hybrid": (True, 0), "interleaved": (True, 2)}
@@ -189,10 +189,9 @@ def build_model(
         num_classes, patch_size (pixels), hidden_dim (channels of a token), num_blocks: int.
         tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
 
-    Returns: a Functional `keras.Model` from normalised images `(batch, height, width, channels)`
-    to float32 logits `(batch, num_classes)`, its weights in the order of the data's way.
-
-    Raises: ValueError, if `model` is unknown or a size is wrong or doesn't fit the patch.
+    Returns a Functional `keras.Model` from normalised images `(batch, height, width, channels)` to
+    float32 logits `(batch, num_classes)`, its weights in the order of the data's way. Raises
+    `ValueError` if `model` is unknown or a size is wrong or doesn't fit the patch.
     """
     if model not in MODELS:
         raise ValueError(f"`model` must be one of {', '.join(MODELS)}. Received: {model!r}")
@@ -226,8 +225,6 @@ def build_model(
 
 
 # -------------------------------------------------------------------------------------- data
-
-
 def load_data(name, data_dir=None):
     """Loads an image-classification data set into memory.
 
@@ -236,9 +233,8 @@ def load_data(name, data_dir=None):
             tensorflow-datasets whose images, grey or in colour, all have one size.
         data_dir: folder of tensorflow-datasets; `None` for its default.
 
-    Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height,
-    width, channels)`, int labels `(n,)`, a list of strings. Raises `ValueError` if the data set
-    can't be had or isn't of this kind.
+    Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height, width,
+    channels)`, int labels `(n,)`, a list of strings. Raises `ValueError` if it can't.
     """
     if name == "shapes":
         return draw_shapes()
@@ -358,13 +354,11 @@ def add_preprocessing(network, train_images):
 
 
 # ---------------------------------------------------------------------------------- training
-
-
 class Batches(keras.utils.PyDataset):
     """Batches of images and labels, in an order that only seed and epoch decide.
 
-    Two threads read ahead; without them Keras hands over to a tf.data pipeline whose automatic
-    tuning has been seen to delay the end of an epoch by as long as the epoch itself.
+    Two threads read ahead: without them Keras takes a tf.data pipeline whose automatic tuning has
+    been seen to delay the end of an epoch by as long as the epoch itself.
     """
 
     def __init__(self, images, labels, batch_size, seed=None):
@@ -392,9 +386,6 @@ class Cosine(keras.optimizers.schedules.LearningRateSchedule):
     def __call__(self, step):
         turn = math.pi * ops.cast(step, "float32") / self.half_period
         return self.peak * (1 + ops.cos(turn)) / 2
-
-    def get_config(self):
-        return {"peak": self.peak, "half_period": self.half_period}
 
 
 class EpochState(keras.callbacks.Callback):
@@ -476,37 +467,32 @@ def train(settings, data, output_dir):
         data: what `load_data` returns.
         output_dir: `pathlib.Path` of the folder for result, model and checkpoint.
 
-    Returns what the JSON file has, a dict. Raises `ValueError` if sizes don't fit or the loss is
-    no longer finite.
+    Returns what the JSON file has, a dict. Raises `ValueError` if sizes don't fit or the loss is no
+    longer finite.
     """
     (x_train, y_train), test, class_names = data
     keras.utils.clear_session()
     keras.config.set_dtype_policy(settings["precision"])
     keras.utils.set_random_seed(settings["seed"])
-    sizes = {name: settings[name] for name in MODEL_SETTINGS}
+    sizes = {k: settings[k] for k in inspect.signature(build_model).parameters if k in settings}
     network = build_model(image_shape=x_train.shape[1:], num_classes=len(class_names), **sizes)
     trainer, classifier = add_preprocessing(network, x_train)
     batches = Batches(x_train, y_train, settings["batch_size"], settings["seed"])
     # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
     steps = 30 if settings["schedule"] == "published" else settings["epochs"] * len(batches)
+    rate, decay = Cosine(settings["learning_rate"], steps), settings["weight_decay"]
     trainer.compile(
-        keras.optimizers.AdamW(
-            Cosine(settings["learning_rate"], steps), settings["weight_decay"], epsilon=1e-8
-        ),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+        keras.optimizers.AdamW(rate, weight_decay=decay, epsilon=1e-8),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"],
+    )  # fmt: skip
     trainer.optimizer.build(trainer.trainable_variables)  # Else TensorFlow traces a step twice.
     state = EpochState(batches, run_path(settings, output_dir, ".weights.h5"))
     done = state.restore(trainer)
-    print(
-        "{dataset}, {model}, seed {seed}:".format(**settings),
-        f"{count_parameters(network):,} trainable parameters, {done} epochs done",
-    )
-    # `batches` shuffle themselves; Keras would do it from a state that nothing saves.
+    print("{dataset}, {model}, seed {seed}:".format(**settings), end=" ")
+    print(f"{count_parameters(network):,} trainable parameters, {done} epochs done before")
     trainer.fit(
-        batches, validation_data=Batches(*test, 500), callbacks=[state], shuffle=False,
-        initial_epoch=done, epochs=settings["epochs"],
+        batches, validation_data=Batches(*test, 500), initial_epoch=done, epochs=settings["epochs"],
+        callbacks=[state], shuffle=False,  # Keras would shuffle by a state that nothing saves.
     )  # fmt: skip
     result = summarize(settings, network, class_names, state.history, len(x_train))
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -527,47 +513,39 @@ def summarize(settings, network, class_names, history, num_images):
     seconds, train_seconds = (history[k][1:] or history[k] for k in ("seconds", "train_seconds"))
     stems = [layer for layer in network.layers if isinstance(layer, ConvStem)]
     return {
-        "settings": settings,
-        "parameters": count_parameters(network),
-        "parameters_conv_stems": count_parameters(*stems),
-        "class_names": class_names,
+        "settings": settings, "class_names": class_names,
+        "parameters": count_parameters(network), "parameters_conv_stems": count_parameters(*stems),
         "final_test_accuracy": history["test_accuracy"][-1],
         "final_test_loss": history["test_loss"][-1],
-        "best_epoch_selected_on_test": best + 1,
         "best_test_accuracy_selected_on_test": history["test_accuracy"][best],
-        "seconds_first_epoch": history["seconds"][0],
-        "seconds_per_epoch": float(np.median(seconds)),
+        "best_epoch_selected_on_test": best + 1,
+        "seconds_first_epoch": history["seconds"][0], "seconds_per_epoch": float(np.median(seconds)),
         "train_images_per_second": num_images / float(np.median(train_seconds)),
-        **describe_machine(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **describe_machine(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "history": history,
-    }
+    }  # fmt: skip
 
 
 def describe_machine():
     """Returns the names of device and backend and the versions, a dict of strings."""
     backend = keras.backend.backend()
     library, gpus = sys.modules[backend], len(keras.distribution.list_devices("gpu"))
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
     if gpus and backend == "tensorflow":
         first = library.config.list_physical_devices("GPU")[0]
         name = library.config.experimental.get_device_details(first).get("device_name", "GPU")
     elif gpus:
         name = library.devices()[0].device_kind
+    elif cpuinfo.exists() and "model name" in cpuinfo.read_text():
+        name = cpuinfo.read_text().split("model name")[1].splitlines()[0].strip("\t :")
     else:
-        cpuinfo = pathlib.Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-        name = (names or [platform.processor() or platform.machine()])[0]
-    return {
-        "device": f"{gpus} x {name}" if gpus else f"{name}, {os.cpu_count()} CPU cores",
-        "backend": f"{backend} {library.__version__}",
-        "keras": keras.__version__,
-        "python": platform.python_version(),
-    }
+        name = platform.processor() or platform.machine()
+    device = f"{gpus} x {name}" if gpus else f"{name}, {os.cpu_count()} CPU cores"
+    versions = {"backend": f"{backend} {library.__version__}", "keras": keras.__version__}
+    return {"device": device, **versions, "python": platform.python_version()}
 
 
-# ---------------------------------------------------------------------- results and plots
-
+# ------------------------------------------------------------------------- results and plots
 # Test accuracy in the paper's Table 1, in percent (one run, its best epoch on the test split):
 # what the text says a model reached, and what the authors' code reached with it.
 PAPER = {
@@ -575,29 +553,29 @@ PAPER = {
     ("cifar10", "hybrid"): ("82.27", ""), ("cifar100", "hybrid"): ("55.03", ""),
     ("cifar10", "interleaved"): ("", "82.27"), ("cifar100", "interleaved"): ("", "55.03"),
 }  # fmt: skip
-STYLES = {"mixer": ("tab:blue", "--"), "hybrid": ("tab:red", "-"), "interleaved": ("tab:green", "-.")}
+COLORS = {"mixer": "tab:blue", "hybrid": "tab:red", "interleaved": "tab:green"}
+LINES = {"mixer": "--", "hybrid": "-", "interleaved": "-."}
 
 
 def load_groups(folder):
     """Reads all results in `folder`.
 
-    Returns a list of dicts, one for each data set, model and wording of what is unusual in the
-    settings, with the runs (which differ in the seed), `{seed: final accuracy in percent}` and
-    the gains in points over `mixer`, one for each seed that both have run.
+    Returns a list of dicts, one for each data set, wording of what is unusual in the settings, and
+    model: its runs (which differ in the seed), `{seed: final accuracy in percent}` and the gains
+    in points over `mixer`, one for each seed that both have run.
     """
     groups = {}
     for path in sorted(folder.glob("*-seed*.json")):
         try:
             run = json.loads(path.read_text())
-            settings = run["settings"]
-            rank = list(MODELS).index(settings["model"])
-            key = (settings["dataset"], unusual(settings), rank)
-            accuracy = 100 * run["final_test_accuracy"]
+            settings, accuracy = run["settings"], 100 * run["final_test_accuracy"]
+            names = {"dataset": settings["dataset"], "model": settings["model"]}
+            names["unusual"] = unusual(settings)
+            key = (names["dataset"], names["unusual"], list(MODELS).index(names["model"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"Left out of table and plots: {path} ({error!r})", file=sys.stderr)
             continue
-        group = groups.setdefault(key, {"runs": [], "accuracy": {}, "unusual": key[1]})
-        group.update(dataset=settings["dataset"], model=settings["model"])
+        group = groups.setdefault(key, {**names, "runs": [], "accuracy": {}})
         group["runs"].append(run)
         group["accuracy"][settings["seed"]] = accuracy
     for key, group in groups.items():
@@ -621,11 +599,11 @@ def make_table(groups):
     ).split("|")
     rows = [head, ["---"] * len(head)]
     for group in groups:
-        runs = group["runs"]
+        runs, accuracy = group["runs"], group["accuracy"]
         rows.append([
             group["dataset"], group["model"], group["unusual"] or "defaults",
-            f"{runs[0]['parameters']:,}", mean_std(list(group["accuracy"].values())),
-            mean_std(group["gains"], "+"), ", ".join(map(str, sorted(group["accuracy"]))),
+            f"{runs[0]['parameters']:,}", mean_std(list(accuracy.values())),
+            mean_std(group["gains"], "+"), ", ".join(map(str, sorted(accuracy))),
             mean_std([100 * run["best_test_accuracy_selected_on_test"] for run in runs]),
             *PAPER.get((group["dataset"], group["model"]), ("", "")),
             f"{np.median([run['seconds_per_epoch'] for run in runs]):.3g}",
@@ -641,14 +619,13 @@ def plot_loss(groups, path):
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, split in zip(figure.subplots(1, 2, sharey=True), ("train", "test")):
         for group in groups:
-            color, line = STYLES[group["model"]]
+            color, label = COLORS[group["model"]], f"{group['model']} {group['unusual']}"
             losses = np.array([run["history"][f"{split}_loss"] for run in group["runs"]])
-            mean, std, epochs = losses.mean(0), losses.std(0), np.arange(1, losses.shape[1] + 1)
-            label = " ".join([group["model"], group["unusual"]])
-            axis.plot(epochs, mean, line, color=color, label=label)
+            mean, std = losses.mean(0), losses.std(0, ddof=int(len(losses) > 1))
+            epochs = np.arange(1, len(mean) + 1)
+            axis.plot(epochs, mean, LINES[group["model"]], color=color, label=label)
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-        title = f"{group['dataset']}, {split} loss"
-        axis.set(title=title, xlabel="epoch", ylabel="cross-entropy")
+        axis.set(title=f"{group['dataset']}, {split} loss", xlabel="epoch", ylabel="cross-entropy")
         axis.legend()
     figure.savefig(path, dpi=120)
 
@@ -659,11 +636,11 @@ def plot_accuracy(groups, path):
 
     figure = Figure(figsize=(2 + 1.2 * len(groups), 4.5), layout="constrained")
     axis = figure.subplots()
-    names = ["\n".join([g["dataset"], g["model"], *g["unusual"].split(", ")]) for g in groups]
-    for name, group in zip(names, groups):
+    for group in groups:
+        name = "\n".join([group["dataset"], group["model"], *group["unusual"].split(", ")])
         values = list(group["accuracy"].values())
-        color = STYLES[group["model"]][0]
-        bar = axis.bar(name, np.mean(values), yerr=np.std(values), color=color)
+        std = np.std(values, ddof=int(len(values) > 1))
+        bar = axis.bar(name, np.mean(values), yerr=std, color=COLORS[group["model"]])
         axis.bar_label(bar, [mean_std(group["gains"], "+")], padding=4)
     axis.set(title="Points gained over mixer above the bars", ylabel="final test accuracy, %")
     axis.margins(y=0.12)
@@ -676,16 +653,15 @@ def report(folder):
     if not groups:
         raise ValueError(f"There is no result in {folder}: train first, or give --output_dir.")
     for name, part in itertools.groupby(groups, lambda group: group["dataset"]):
-        path = folder / f"{name.replace('/', '_')}_loss.png"
-        write_atomically(path, lambda partial: plot_loss(list(part), partial))
+        path, part = folder / f"{name.replace('/', '_')}_loss.png", list(part)
+        write_atomically(path, lambda partial, part=part: plot_loss(part, partial))
     write_atomically(folder / "accuracy.png", lambda partial: plot_accuracy(groups, partial))
     write_atomically(folder / "table.md", lambda partial: partial.write_text(make_table(groups)))
     return make_table(groups)
 
 
 # ---------------------------------------------------------------------------- flags and main
-
-SETTINGS = {  # Default, smallest value or choices, meaning; `train` adds data set, model, seed.
+SETTINGS = {  # Default, smallest value or choices, meaning; with data set, model, seed: a run.
     "epochs": (30, 1, "Passes over the train split."),
     "batch_size": (128, 1, "Images a step."),
     "learning_rate": (3e-3, 0.0, "Peak learning rate."),
@@ -699,7 +675,6 @@ SETTINGS = {  # Default, smallest value or choices, meaning; `train` adds data s
     "channels_mlp_dim": (256, 1, "Hidden width of the MLP across channels."),
     "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
 }
-MODEL_SETTINGS = ["model", *list(SETTINGS)[5:11]]
 
 
 def define_flags():
@@ -729,13 +704,15 @@ def is_done(settings, output_dir):
     path = run_path(settings, output_dir, ".json")
     if not path.exists():
         return False
-    old = json.loads(path.read_text())["settings"]
+    try:
+        old = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): move it away, or --overwrite it.") from error
     differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
     if differ:
-        raise ValueError(
-            f"{path} was made with other settings ({'; '.join(differ)}): give another "
-            "--output_dir, or --overwrite to replace it."
-        )
+        listed = "; ".join(differ)
+        raise ValueError(f"{path} was made with other settings ({listed}): give another "
+                         "--output_dir, or --overwrite to replace it.")  # fmt: skip
     print(f"{path} is done already; --overwrite would run it again.")
     return True
 
@@ -754,8 +731,8 @@ def sweep(values, output_dir):
     for dataset, group in itertools.groupby(runs, lambda settings: settings["dataset"]):
         data = load_data(dataset, values["data_dir"])
         for settings in group:
-            result = train(settings, data, output_dir)
-            print(f"Test accuracy {100 * result['final_test_accuracy']:.2f} % after the last epoch.")
+            accuracy = 100 * train(settings, data, output_dir)["final_test_accuracy"]
+            print(f"Test accuracy after the last epoch: {accuracy:.2f} %")
             report(output_dir)
 
 
