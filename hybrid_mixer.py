@@ -529,8 +529,8 @@ def summarize(settings, network, class_names, history, num_images):
 def describe_machine():
     """Returns the names of device and backend and the versions, a dict of strings."""
     backend = keras.backend.backend()
-    library, gpus = sys.modules[backend], len(keras.distribution.list_devices("gpu"))
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    library, cpuinfo = sys.modules[backend], pathlib.Path("/proc/cpuinfo")
+    gpus = sum("gpu" in device.lower() for device in keras.distribution.list_devices())
     if gpus and backend == "tensorflow":
         first = library.config.list_physical_devices("GPU")[0]
         name = library.config.experimental.get_device_details(first).get("device_name", "GPU")
@@ -634,7 +634,7 @@ def plot_accuracy(groups, path):
     """Draws each group's final test accuracy as a bar, the gain over `mixer` above it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2 + 1.2 * len(groups), 4.5), layout="constrained")
+    figure = Figure(figsize=(4 + 1.2 * len(groups), 6), layout="constrained")
     axis = figure.subplots()
     for group in groups:
         name = "\n".join([group["dataset"], group["model"], *group["unusual"].split(", ")])
@@ -644,6 +644,7 @@ def plot_accuracy(groups, path):
         axis.bar_label(bar, [mean_std(group["gains"], "+")], padding=4)
     axis.set(title="Points gained over mixer above the bars", ylabel="final test accuracy, %")
     axis.margins(y=0.12)
+    axis.tick_params(labelsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -720,8 +721,8 @@ def is_done(settings, output_dir):
 def sweep(values, output_dir):
     """Trains all combinations of data set, seed and model that have no result yet."""
     machine = describe_machine()
-    found = "" if keras.distribution.list_devices("gpu") else "NO GPU FOUND, this takes long: "
-    print(f"{found}{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
+    warning = "NO GPU FOUND, this takes long: " if machine["device"].endswith("CPU cores") else ""
+    print(f"{warning}{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
     names = ("dataset", "seed", "model")
     runs = [
         {**dict(zip(names, run)), "seed": int(run[1]), **{name: values[name] for name in SETTINGS}}

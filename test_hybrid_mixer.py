@@ -577,6 +577,7 @@ def test_sweep_writes_results_models_plots_and_table(swept):
     assert result["backend"].startswith("tensorflow") and result["device"]
     assert "CPU cores" not in result["device"] or "NO GPU FOUND" in done.stdout.splitlines()[0]
     assert "trainable parameters" in done.stdout
+    assert "Warning" not in done.stderr
     for path in folder.glob("*.png"):
         assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
     model = keras.saving.load_model(folder / "shapes-interleaved-seed1.keras")
@@ -609,30 +610,42 @@ def test_other_settings_are_refused_and_named(swept):
     assert (folder / "shapes-mixer-seed0.json").read_bytes() == before
 
 
+TRAIN = """
+import json, pathlib, sys
+import hybrid_mixer as hm
+
+settings = {name: default for name, (default, _, _) in hm.SETTINGS.items()}
+settings |= {"dataset": "shapes", "model": "interleaved", "seed": 3, "epochs": 12, "num_blocks": 2}
+settings |= {"batch_size": 64, "patch_size": 8, "hidden_dim": 16, "tokens_mlp_dim": 8}
+hm.train(settings, hm.draw_shapes(200, 40), pathlib.Path(sys.argv[1]))
+"""
+
+
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_a_killed_run_ends_as_one_that_was_never_stopped(swept, tmp_path, backend):
-    folder, _, _ = swept
-    command = ["--dataset", "shapes", "--model", "interleaved", "--epochs", "3", *TINY]
+def test_a_killed_run_ends_as_one_that_was_never_stopped(tmp_path, backend):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = run_script(*command, "--output_dir", whole, backend=backend)
+    whole.mkdir()
+    cut.mkdir()
+    done = run_python("-c", TRAIN, whole, backend=backend)
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *command, "--output_dir", str(cut)],
+        [sys.executable, "-c", TRAIN, str(cut)],
         env={**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
+        cwd=HERE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     while not list(cut.glob(".shapes*.weights.h5")) and process.poll() is None:
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(cut.glob("*.json")), "the run ended before it could be killed"
-    done = run_script(*command, "--output_dir", cut, backend=backend)
+    done = run_python("-c", TRAIN, cut, backend=backend)
     assert done.returncode == 0, done.stderr
-    assert any(f"{n} epochs done before" in done.stdout for n in (1, 2))
-    assert histories(cut) == histories(whole)
-    assert not list(cut.glob(".*"))
-    result = json.loads((cut / "shapes-interleaved-seed0.json").read_text())
+    assert any(f" {n} epochs done before" in done.stdout for n in range(1, 12))
+    assert histories(cut) == histories(whole) != {}
+    assert not list(cut.glob(".shapes*"))
+    result = json.loads((cut / "shapes-interleaved-seed3.json").read_text())
     assert result["backend"].startswith(backend)
 
 
