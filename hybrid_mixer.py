@@ -22,7 +22,7 @@ import time
 
 import h5py
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 # TensorFlow writes start-up lines straight to file descriptor 2, whatever its log level is.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -739,6 +739,7 @@ def sweep(values, output_dir):
 
 def main(argv):
     """Does what the flags say; exits with status 1 and one sentence where the user must act."""
+    logging.set_verbosity(logging.WARNING)  # tensorflow-datasets logs every file that it opens.
     values = flags.FLAGS.flag_values_dict()
     output_dir = pathlib.Path(values["output_dir"])
     try:

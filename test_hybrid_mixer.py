@@ -685,6 +685,7 @@ def test_short_run_on_real_cifar_learns(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "cifar10-hybrid-seed0.json").read_text())
     assert result["final_test_accuracy"] > 0.25
+    assert "Reusing dataset" not in done.stderr
     assert "82.27" in (tmp_path / "table.md").read_text()
 
 
