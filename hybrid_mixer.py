@@ -519,7 +519,8 @@ def summarize(settings, network, class_names, history, num_images):
         "final_test_loss": history["test_loss"][-1],
         "best_test_accuracy_selected_on_test": history["test_accuracy"][best],
         "best_epoch_selected_on_test": best + 1,
-        "seconds_first_epoch": history["seconds"][0], "seconds_per_epoch": float(np.median(seconds)),
+        "seconds_first_epoch": history["seconds"][0],
+        "seconds_per_epoch": float(np.median(seconds)),
         "train_images_per_second": num_images / float(np.median(train_seconds)),
         **describe_machine(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "history": history,
@@ -708,7 +709,8 @@ def is_done(settings, output_dir):
     try:
         old = json.loads(path.read_text())["settings"]
     except (ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}): move it away, or --overwrite it.") from error
+        what = f"{path} is damaged ({error})"
+        raise ValueError(f"{what}: move it away, or --overwrite it.") from error
     differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
     if differ:
         listed = "; ".join(differ)
