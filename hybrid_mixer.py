@@ -61,15 +61,16 @@ class ConvStem(layers.Layer):
         if len(input_shape) != 4 or input_shape[-1] is None:
             wanted = "(batch, height, width, channels), channels known"
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
-        # Kernels start uniform in +-1/sqrt(fan_in); a depthwise filter sees one channel.
-        spatial = keras.initializers.RandomUniform(-1 / self.kernel_size, 1 / self.kernel_size)
-        across = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
-        common = {"dtype": self.dtype_policy}
+
+        def uniform(fan_in):
+            return keras.initializers.RandomUniform(-(fan_in**-0.5), fan_in**-0.5)
+
+        size, channels, common = self.kernel_size, input_shape[-1], {"dtype": self.dtype_policy}
         conv = {"use_bias": False, "data_format": "channels_last", **common}
-        self.depthwise = layers.DepthwiseConv2D(
-            self.kernel_size, padding="same", depthwise_initializer=spatial, **conv
+        self.depthwise = layers.DepthwiseConv2D(  # Each of its filters sees one channel.
+            size, padding="same", depthwise_initializer=uniform(size**2), **conv
         )
-        self.pointwise = layers.Conv2D(input_shape[-1], 1, kernel_initializer=across, **conv)
+        self.pointwise = layers.Conv2D(channels, 1, kernel_initializer=uniform(channels), **conv)
         self.norm = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, **common)
         for layer in (self.depthwise, self.pointwise, self.norm):
             layer.build(input_shape)
@@ -122,9 +123,12 @@ class MixerBlock(layers.Layer):
             layer.build(input_shape)
             return layer
 
-        def dense(size, units):  # Kernels start uniform in +-1/sqrt(fan_in).
-            uniform = keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
-            layer = layers.Dense(units, kernel_initializer=uniform, dtype=self.dtype_policy)
+        def uniform(fan_in):
+            return keras.initializers.RandomUniform(-(fan_in**-0.5), fan_in**-0.5)
+
+        def dense(size, units):
+            start = {"kernel_initializer": uniform(size), "bias_initializer": uniform(size)}
+            layer = layers.Dense(units, **start, dtype=self.dtype_policy)
             layer.build((None, None, size))
             return layer
 
@@ -191,25 +195,27 @@ def build_model(
 
     Returns a Functional `keras.Model` from normalised images `(batch, height, width, channels)` to
     float32 logits `(batch, num_classes)`, its weights in the order of the data's way. Raises
-    `ValueError` if `model` is unknown or a size is wrong or doesn't fit the patch.
+    `ValueError` if `model` is unknown or a size doesn't fit.
     """
     if model not in MODELS:
         raise ValueError(f"`model` must be one of {', '.join(MODELS)}. Received: {model!r}")
-    height, width, _ = image_shape
+    height, width, channels = image_shape
     if height % patch_size or width % patch_size:
-        wanted = f"Height and width must be multiples of `patch_size` {patch_size}"
-        raise ValueError(f"{wanted}. Received: image_shape={image_shape}")
+        raise ValueError(f"Height and width must be multiples of `patch_size` {patch_size}. "
+                         f"Received: image_shape={image_shape}")  # fmt: skip
     has_stem, conv_every = MODELS[model]
     grid = (height // patch_size, width // patch_size, hidden_dim)
     to_grid, to_tokens = layers.Reshape(grid), layers.Reshape((grid[0] * grid[1], hidden_dim))
 
-    def uniform():  # in +-1/sqrt(fan_in)
-        return keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+    def start(fan_in):
+        bound = fan_in**-0.5
+        names = ("kernel_initializer", "bias_initializer")
+        return {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
 
     images = keras.Input(image_shape, name="images")
     x = layers.Conv2D(
-        hidden_dim, patch_size, strides=patch_size, kernel_initializer=uniform(),
-        data_format="channels_last", name="patch_embedding",
+        hidden_dim, patch_size, strides=patch_size, data_format="channels_last",
+        **start(patch_size**2 * channels), name="patch_embedding",
     )(images)  # fmt: skip
     if has_stem:
         x = ConvStem(name="stem")(x)
@@ -220,11 +226,15 @@ def build_model(
             x = to_tokens(ConvStem(name=f"conv_{i}")(to_grid(x)))
     x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
     x = layers.GlobalAveragePooling1D(data_format="channels_last", name="mean_of_tokens")(x)
-    head = layers.Dense(num_classes, kernel_initializer=uniform(), dtype="float32", name="head")
+    head = layers.Dense(num_classes, **start(hidden_dim), dtype="float32", name="head")
     return keras.Model(images, head(x), name=model)
 
 
 # -------------------------------------------------------------------------------------- data
+class UserError(ValueError):
+    """One sentence for whoever gave the command: what is wrong and what to do."""
+
+
 def load_data(name, data_dir=None):
     """Loads an image-classification data set into memory.
 
@@ -234,7 +244,7 @@ def load_data(name, data_dir=None):
         data_dir: folder of tensorflow-datasets; `None` for its default.
 
     Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height, width,
-    channels)`, int labels `(n,)`, a list of strings. Raises `ValueError` if it can't.
+    channels)`, int labels `(n,)`, a list of strings. Raises `UserError` if it can't.
     """
     if name == "shapes":
         return draw_shapes()
@@ -247,17 +257,18 @@ def load_data(name, data_dir=None):
         config = tfds.download.DownloadConfig(try_download_gcs=False)
         builder.download_and_prepare(download_config=config)
     except Exception as error:
-        raise ValueError(
-            f"Data set {name!r} can't be had ({str(error).strip().splitlines()[0]}): run the same "
-            "command again once name and network are right, give --data_dir a folder where it is "
-            "prepared, or use --dataset shapes, which needs no download."
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise UserError(
+            f"Data set {name!r} can't be had ({reason}): run the same command again once name and "
+            "network are right, give --data_dir a folder where it is prepared, or use "
+            "--dataset shapes, which needs no download."
         ) from error
     info, kinds = builder.info, [tfds.features.Image, tfds.features.ClassLabel]
     features = [info.features[key] for key in info.supervised_keys or ()]
     if [type(f) for f in features] != kinds or None in features[0].shape:
-        raise ValueError(f"Data set {name!r} isn't of labelled images of one size: try another.")
+        raise UserError(f"Data set {name!r} isn't of labelled images of one size: try another.")
     if not {"train", "test"} <= set(info.splits):
-        raise ValueError(f"Data set {name!r} lacks a train or a test split: try another.")
+        raise UserError(f"Data set {name!r} lacks a train or a test split: try another.")
     splits = (builder.as_dataset(s, batch_size=-1, as_supervised=True) for s in ("train", "test"))
     return *map(tfds.as_numpy, splits), features[1].names
 
@@ -355,14 +366,12 @@ def add_preprocessing(network, train_images):
 
 # ---------------------------------------------------------------------------------- training
 class Batches(keras.utils.PyDataset):
-    """Batches of images and labels, in an order that only seed and epoch decide.
-
-    Two threads read ahead: without them Keras takes a tf.data pipeline whose automatic tuning has
-    been seen to delay the end of an epoch by as long as the epoch itself.
-    """
+    """Batches of images and labels, in an order that only seed and epoch decide."""
 
     def __init__(self, images, labels, batch_size, seed=None):
-        super().__init__(workers=2)
+        # On TensorFlow, one worker means tf.data with automatic tuning, which can hang for as long
+        # as an epoch at its end; on JAX, two would repeat batches of the epoch before.
+        super().__init__(workers=2 if keras.backend.backend() == "tensorflow" else 1)
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.order = np.arange(len(images))
 
@@ -423,7 +432,7 @@ class EpochState(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
-            raise ValueError("The loss is no longer finite: try a smaller --learning_rate.")
+            raise UserError("The loss is no longer finite: try a smaller --learning_rate.")
 
     def on_test_begin(self, logs=None):
         self.train_seconds = time.perf_counter() - self.begun
@@ -446,28 +455,20 @@ def write_atomically(path, write):
     os.replace(partial, path)
 
 
-def run_path(settings, output_dir, ending):
-    """Returns the path of a run's result or model, or of its checkpoint."""
-    name = "{dataset}-{model}-seed{seed}".format(**settings).replace("/", "_")
-    if ending == ".weights.h5":  # Checkpoints of other settings are never in the way.
-        name = f".{name} {unusual(settings)}".rstrip()
-    return output_dir / (name + ending)
-
-
 def unusual(settings):
     """Returns the settings that aren't the defaults, as a string."""
     return ", ".join(f"{k} {settings[k]}" for k, v in SETTINGS.items() if settings[k] != v[0])
 
 
-def train(settings, data, output_dir):
+def train(settings, data, folder):
     """Trains one model, going on where an earlier run with the same settings was stopped.
 
     Args:
         settings: dict of `dataset`, `model`, `seed` (one each) and all `SETTINGS`.
         data: what `load_data` returns.
-        output_dir: `pathlib.Path` of the folder for result, model and checkpoint.
+        folder: `pathlib.Path` of the folder for result, model and checkpoint.
 
-    Returns what the JSON file has, a dict. Raises `ValueError` if sizes don't fit or the loss is no
+    Returns what the JSON file has, a dict. Raises `UserError` if sizes don't fit or the loss is no
     longer finite.
     """
     (x_train, y_train), test, class_names = data
@@ -475,7 +476,10 @@ def train(settings, data, output_dir):
     keras.config.set_dtype_policy(settings["precision"])
     keras.utils.set_random_seed(settings["seed"])
     sizes = {k: settings[k] for k in inspect.signature(build_model).parameters if k in settings}
-    network = build_model(image_shape=x_train.shape[1:], num_classes=len(class_names), **sizes)
+    try:
+        network = build_model(image_shape=x_train.shape[1:], num_classes=len(class_names), **sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     trainer, classifier = add_preprocessing(network, x_train)
     batches = Batches(x_train, y_train, settings["batch_size"], settings["seed"])
     # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
@@ -486,20 +490,34 @@ def train(settings, data, output_dir):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"],
     )  # fmt: skip
     trainer.optimizer.build(trainer.trainable_variables)  # Else TensorFlow traces a step twice.
-    state = EpochState(batches, run_path(settings, output_dir, ".weights.h5"))
-    done = state.restore(trainer)
-    print("{dataset}, {model}, seed {seed}:".format(**settings), end=" ")
-    print(f"{count_parameters(network):,} trainable parameters, {done} epochs done before")
+    name = run_name(settings)
+    # Checkpoints of other settings are never in the way.
+    checkpoint = f".{name} {unusual(settings)}".rstrip() + ".weights.h5"
+    state = EpochState(batches, folder / checkpoint)
+    try:
+        done = state.restore(trainer)
+    except Exception as error:
+        aside = state.path.with_name(state.path.name.lstrip(".") + ".damaged")
+        state.path.replace(aside)
+        print(f"A damaged checkpoint is now {aside}, its run starts anew: {error}", file=sys.stderr)
+        return train(settings, data, folder)
+    parameters = f"{count_parameters(network):,} trainable parameters"
+    print(f"{name.replace('-', ', ')}: {parameters}, {done} epochs done before")
     trainer.fit(
         batches, validation_data=Batches(*test, 500), initial_epoch=done, epochs=settings["epochs"],
         callbacks=[state], shuffle=False,  # Keras would shuffle by a state that nothing saves.
     )  # fmt: skip
     result = summarize(settings, network, class_names, state.history, len(x_train))
+    print(f"Test accuracy after the last epoch: {100 * result['final_test_accuracy']:.2f} %")
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-    write_atomically(run_path(settings, output_dir, ".keras"), classifier.save)
-    write_atomically(run_path(settings, output_dir, ".json"), lambda path: path.write_text(text))
+    write_atomically(folder / f"{name}.keras", classifier.save)
+    write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
     state.path.unlink()
     return result
+
+
+def run_name(settings):
+    return "{dataset}-{model}-seed{seed}".format(**settings).replace("/", "_")
 
 
 def count_parameters(*parts):
@@ -526,36 +544,34 @@ def summarize(settings, network, class_names, history, num_images):
         "history": history,
     }  # fmt: skip
 
-
 def describe_machine():
-    """Returns the names of device and backend and the versions, a dict of strings."""
+    """Returns the names of device, backend and versions, a dict of strings."""
     backend = keras.backend.backend()
-    library, cpuinfo = sys.modules[backend], pathlib.Path("/proc/cpuinfo")
-    gpus = sum("gpu" in device.lower() for device in keras.distribution.list_devices())
-    if gpus and backend == "tensorflow":
-        first = library.config.list_physical_devices("GPU")[0]
-        name = library.config.experimental.get_device_details(first).get("device_name", "GPU")
-    elif gpus:
-        name = library.devices()[0].device_kind
-    elif cpuinfo.exists() and "model name" in cpuinfo.read_text():
-        name = cpuinfo.read_text().split("model name")[1].splitlines()[0].strip("\t :")
-    else:
+    library = sys.modules[backend]
+    gpus = sum("gpu" in name.lower() for name in keras.distribution.list_devices())
+    try:
+        name = pathlib.Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
+    except (OSError, IndexError):
         name = platform.processor() or platform.machine()
+    if gpus and backend == "jax":
+        name = library.devices()[0].device_kind
+    elif gpus:
+        gpu = library.config.list_physical_devices("GPU")[0]
+        name = library.config.experimental.get_device_details(gpu).get("device_name", "GPU")
     device = f"{gpus} x {name}" if gpus else f"{name}, {os.cpu_count()} CPU cores"
     versions = {"backend": f"{backend} {library.__version__}", "keras": keras.__version__}
     return {"device": device, **versions, "python": platform.python_version()}
 
 
 # ------------------------------------------------------------------------- results and plots
-# Test accuracy in the paper's Table 1, in percent (one run, its best epoch on the test split):
-# what the text says a model reached, and what the authors' code reached with it.
+# Test accuracy in the paper's Table 1, in percent (one run, its best epoch on the test split);
+# its text describes one hybrid, its authors' code trains another.
 PAPER = {
-    ("cifar10", "mixer"): ("76.71", "76.71"), ("cifar100", "mixer"): ("48.20", "48.20"),
-    ("cifar10", "hybrid"): ("82.27", ""), ("cifar100", "hybrid"): ("55.03", ""),
-    ("cifar10", "interleaved"): ("", "82.27"), ("cifar100", "interleaved"): ("", "55.03"),
+    ("cifar10", "mixer"): "76.71", ("cifar100", "mixer"): "48.20",
+    ("cifar10", "hybrid"): "82.27 (text)", ("cifar100", "hybrid"): "55.03 (text)",
+    ("cifar10", "interleaved"): "82.27 (code)", ("cifar100", "interleaved"): "55.03 (code)",
 }  # fmt: skip
-COLORS = {"mixer": "tab:blue", "hybrid": "tab:red", "interleaved": "tab:green"}
-LINES = {"mixer": "--", "hybrid": "-", "interleaved": "-."}
+STYLES = dict(zip(MODELS, [("tab:blue", "--"), ("tab:red", "-"), ("tab:green", "-.")]))
 
 
 def load_groups(folder):
@@ -570,12 +586,11 @@ def load_groups(folder):
         try:
             run = json.loads(path.read_text())
             settings, accuracy = run["settings"], 100 * run["final_test_accuracy"]
-            names = {"dataset": settings["dataset"], "model": settings["model"]}
-            names["unusual"] = unusual(settings)
-            key = (names["dataset"], names["unusual"], list(MODELS).index(names["model"]))
+            key = (settings["dataset"], unusual(settings), list(MODELS).index(settings["model"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"Left out of table and plots: {path} ({error!r})", file=sys.stderr)
             continue
+        names = {"dataset": key[0], "unusual": key[1], "model": settings["model"]}
         group = groups.setdefault(key, {**names, "runs": [], "accuracy": {}})
         group["runs"].append(run)
         group["accuracy"][settings["seed"]] = accuracy
@@ -594,9 +609,8 @@ def mean_std(values, sign=""):
 def make_table(groups):
     """Returns a Markdown table with a row for each group."""
     head = (
-        "data set|model|settings|parameters|test accuracy, %|gain over mixer, points|seeds|"
-        "best epoch's accuracy (selected on the test split), %|paper's text, %|authors' code, %|"
-        "seconds an epoch|hardware|backend"
+        "data set|model|settings|parameters|test accuracy, %|gain over mixer, points|seeds|best "
+        "epoch's, selected on test, %|paper, %|seconds an epoch|hardware|backend"
     ).split("|")
     rows = [head, ["---"] * len(head)]
     for group in groups:
@@ -606,7 +620,7 @@ def make_table(groups):
             f"{runs[0]['parameters']:,}", mean_std(list(accuracy.values())),
             mean_std(group["gains"], "+"), ", ".join(map(str, sorted(accuracy))),
             mean_std([100 * run["best_test_accuracy_selected_on_test"] for run in runs]),
-            *PAPER.get((group["dataset"], group["model"]), ("", "")),
+            PAPER.get((group["dataset"], group["model"]), ""),
             f"{np.median([run['seconds_per_epoch'] for run in runs]):.3g}",
             *("; ".join(sorted({run[k] for run in runs})) for k in ("device", "backend")),
         ])  # fmt: skip
@@ -617,17 +631,17 @@ def plot_loss(groups, path):
     """Draws train and test loss over the epochs; several seeds as mean +- deviation."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4 + 0.2 * len(groups)), layout="constrained")
     for axis, split in zip(figure.subplots(1, 2, sharey=True), ("train", "test")):
         for group in groups:
-            color, label = COLORS[group["model"]], f"{group['model']} {group['unusual']}"
+            color, line = STYLES[group["model"]]
             losses = np.array([run["history"][f"{split}_loss"] for run in group["runs"]])
             mean, std = losses.mean(0), losses.std(0, ddof=int(len(losses) > 1))
             epochs = np.arange(1, len(mean) + 1)
-            axis.plot(epochs, mean, LINES[group["model"]], color=color, label=label)
+            axis.plot(epochs, mean, line, color=color, label=f"{group['model']} {group['unusual']}")
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
         axis.set(title=f"{group['dataset']}, {split} loss", xlabel="epoch", ylabel="cross-entropy")
-        axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=120)
 
 
@@ -641,7 +655,7 @@ def plot_accuracy(groups, path):
         name = "\n".join([group["dataset"], group["model"], *group["unusual"].split(", ")])
         values = list(group["accuracy"].values())
         std = np.std(values, ddof=int(len(values) > 1))
-        bar = axis.bar(name, np.mean(values), yerr=std, color=COLORS[group["model"]])
+        bar = axis.bar(name, np.mean(values), yerr=std, color=STYLES[group["model"]][0])
         axis.bar_label(bar, [mean_std(group["gains"], "+")], padding=4)
     axis.set(title="Points gained over mixer above the bars", ylabel="final test accuracy, %")
     axis.margins(y=0.12)
@@ -653,13 +667,14 @@ def report(folder):
     """Draws table and plots of all results in `folder`; returns the table."""
     groups = load_groups(folder)
     if not groups:
-        raise ValueError(f"There is no result in {folder}: train first, or give --output_dir.")
+        raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
     for name, part in itertools.groupby(groups, lambda group: group["dataset"]):
         path, part = folder / f"{name.replace('/', '_')}_loss.png", list(part)
         write_atomically(path, lambda partial, part=part: plot_loss(part, partial))
     write_atomically(folder / "accuracy.png", lambda partial: plot_accuracy(groups, partial))
-    write_atomically(folder / "table.md", lambda partial: partial.write_text(make_table(groups)))
-    return make_table(groups)
+    table = make_table(groups)
+    write_atomically(folder / "table.md", lambda partial: partial.write_text(table))
+    return table
 
 
 # ---------------------------------------------------------------------------- flags and main
@@ -677,6 +692,11 @@ SETTINGS = {  # Default, smallest value or choices, meaning; with data set, mode
     "channels_mlp_dim": (256, 1, "Hidden width of the MLP across channels."),
     "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
 }
+LISTS = {  # Default, what is valid, meaning; every combination is a run.
+    "dataset": ("cifar10", bool, "cifar10, cifar100, shapes or names of tfds"),
+    "model": ("hybrid", MODELS.__contains__, ", ".join(MODELS)),
+    "seed": ("0", str.isdecimal, "whole numbers from 0 on"),
+}
 
 
 def define_flags():
@@ -687,11 +707,7 @@ def define_flags():
         else:
             define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
             define(name, default, text, lower_bound=limit)
-    for name, default, valid, text in (
-        ("dataset", "cifar10", bool, "cifar10, cifar100, shapes or names of tfds"),
-        ("model", "hybrid", MODELS.__contains__, ", ".join(MODELS)),
-        ("seed", "0", str.isdecimal, "whole numbers from 0 on"),
-    ):
+    for name, (default, valid, text) in LISTS.items():
         text = f"one or several, with commas between them, of: {text}"
         flags.DEFINE_list(name, default, text)
         flags.register_validator(name, lambda v, ok=valid: v and all(map(ok, v)), f"must be {text}")
@@ -701,26 +717,23 @@ def define_flags():
     flags.DEFINE_boolean("plot", False, "Train nothing; draw plots and table of the results.")
 
 
-def is_done(settings, output_dir):
-    """Tells whether a run has its result; raises ValueError if other settings made that."""
-    path = run_path(settings, output_dir, ".json")
+def is_done(settings, path):
+    """Tells whether a run has its result in `path`; raises UserError if other settings made it."""
     if not path.exists():
         return False
     try:
         old = json.loads(path.read_text())["settings"]
     except (ValueError, KeyError) as error:
-        what = f"{path} is damaged ({error})"
-        raise ValueError(f"{what}: move it away, or --overwrite it.") from error
+        raise UserError(f"{path} is damaged ({error}): move it, or --overwrite it.") from error
     differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
     if differ:
-        listed = "; ".join(differ)
-        raise ValueError(f"{path} was made with other settings ({listed}): give another "
-                         "--output_dir, or --overwrite to replace it.")  # fmt: skip
+        raise UserError(f"{path} was made with other settings ({'; '.join(differ)}): give another "
+                        "--output_dir, or --overwrite to replace it.")  # fmt: skip
     print(f"{path} is done already; --overwrite would run it again.")
     return True
 
 
-def sweep(values, output_dir):
+def sweep(values, folder):
     """Trains all combinations of data set, seed and model that have no result yet."""
     machine = describe_machine()
     warning = "NO GPU FOUND, this takes long: " if machine["device"].endswith("CPU cores") else ""
@@ -730,28 +743,28 @@ def sweep(values, output_dir):
         {**dict(zip(names, run)), "seed": int(run[1]), **{name: values[name] for name in SETTINGS}}
         for run in itertools.product(*(dict.fromkeys(values[name]) for name in names))
     ]
-    runs = [run for run in runs if values["overwrite"] or not is_done(run, output_dir)]
+    if not values["overwrite"]:
+        runs = [run for run in runs if not is_done(run, folder / f"{run_name(run)}.json")]
     for dataset, group in itertools.groupby(runs, lambda settings: settings["dataset"]):
         data = load_data(dataset, values["data_dir"])
         for settings in group:
-            accuracy = 100 * train(settings, data, output_dir)["final_test_accuracy"]
-            print(f"Test accuracy after the last epoch: {accuracy:.2f} %")
-            report(output_dir)
+            train(settings, data, folder)
+            report(folder)
 
 
 def main(argv):
     """Does what the flags say; exits with status 1 and one sentence where the user must act."""
     logging.set_verbosity(logging.WARNING)  # tensorflow-datasets logs every file that it opens.
     values = flags.FLAGS.flag_values_dict()
-    output_dir = pathlib.Path(values["output_dir"])
+    folder = pathlib.Path(values["output_dir"])
     try:
         if argv[1:]:
-            raise ValueError(f"{argv[1]!r} is no flag: see --help.")
+            raise UserError(f"{argv[1]!r} is no flag: see --help.")
         if not values["plot"]:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            sweep(values, output_dir)
-        print(report(output_dir))
-    except (ValueError, OSError) as error:
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(values, folder)
+        print(report(folder))
+    except (UserError, OSError) as error:
         sys.exit(f"hybrid_mixer.py: {error}")
     except KeyboardInterrupt:
         sys.exit("hybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")

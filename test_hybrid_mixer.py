@@ -169,23 +169,23 @@ def test_stem_has_the_papers_weights():
     assert hm.count_parameters(layer.depthwise, layer.pointwise) == 17_536
 
 
-def test_kernels_start_uniform_by_fan_in_and_biases_at_zero():
+def test_kernels_and_biases_start_uniform_by_fan_in():
     model = hm.build_model("interleaved")
     seen = []
     for weight in model.trainable_weights:
         value = np.asarray(weight)
         if weight.name == "kernel":
-            depthwise = "depthwise" in weight.path
-            bound = 1 / math.sqrt(9 if depthwise else math.prod(value.shape[:-1]))
-            assert np.abs(value).max() <= bound
-            assert np.abs(value).max() > 0.98 * bound, weight.path
-            assert value.std() == pytest.approx(bound / math.sqrt(3), rel=0.05), weight.path
-            seen.append(value.ravel()[:20].tobytes())
-        elif weight.name in ("bias", "beta"):
+            bound = 1 / math.sqrt(9 if "depthwise" in weight.path else math.prod(value.shape[:-1]))
+        if weight.name in ("kernel", "bias"):  # A layer's bias follows its kernel.
+            assert 0.75 * bound < np.abs(value).max() <= bound, weight.path
+            few = 0.05 if value.size > 1000 else 1.5 / math.sqrt(value.size)
+            assert value.std() == pytest.approx(bound / math.sqrt(3), rel=few), weight.path
+            seen.append(value.ravel()[:10].tobytes())
+        elif weight.name == "beta":
             assert not value.any()
         else:
             assert weight.name == "gamma" and (value == 1).all()
-    assert len(seen) == 2 + 4 * 8 + 2 * 5 and len(set(seen)) == len(seen)
+    assert len(seen) == 2 * (2 + 4 * 8) + 2 * 5 and len(set(seen)) == len(seen)
 
 
 @pytest.mark.parametrize(
@@ -647,10 +647,7 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(tmp_path, backend):
     assert done.returncode == 0, done.stderr
     assert any(f" {n} epochs done before" in done.stdout for n in range(1, 12))
     (ours,), (expected,) = histories(cut).values(), histories(whole).values()
-    if backend == "jax":  # A known limit: there a run goes on, but not to the bit.
-        assert len(ours["test_loss"]) == len(expected["test_loss"]) == 12
-        ours, expected = ({k: v[0] for k, v in h.items()} for h in (ours, expected))
-    assert ours == expected
+    assert len(ours["test_loss"]) == 12 and ours == expected
     assert not list(cut.glob(".shapes*"))
     result = json.loads((cut / "shapes-interleaved-seed3.json").read_text())
     assert result["backend"].startswith(backend)
