@@ -10,6 +10,7 @@ trains 30 epochs and writes results/cifar100-hybrid-seed0.json, the model beside
 results/table.md. README.md says what that reaches, in what time and on what hardware.
 """
 
+import functools
 import inspect
 import itertools
 import json
@@ -18,6 +19,7 @@ import os
 import pathlib
 import platform
 import sys
+import tempfile
 import time
 
 import h5py
@@ -55,22 +57,24 @@ class ConvStem(layers.Layer):
 
     def __init__(self, kernel_size=3, **kwargs):
         super().__init__(**kwargs)
+        if not isinstance(kernel_size, int) or kernel_size < 1:
+            raise ValueError(f"`kernel_size` must be a positive int. Received: {kernel_size!r}")
         self.kernel_size = kernel_size
 
     def build(self, input_shape):
         if len(input_shape) != 4 or input_shape[-1] is None:
             wanted = "(batch, height, width, channels), channels known"
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
-
-        def uniform(fan_in):
-            return keras.initializers.RandomUniform(-(fan_in**-0.5), fan_in**-0.5)
-
-        size, channels, common = self.kernel_size, input_shape[-1], {"dtype": self.dtype_policy}
+        size, channels = self.kernel_size, input_shape[-1]
+        # Kernels start uniform in +-1/sqrt(fan_in); a depthwise filter sees one channel.
+        spatial = keras.initializers.RandomUniform(-1 / size, 1 / size)
+        across = keras.initializers.RandomUniform(-(channels**-0.5), channels**-0.5)
+        common = {"dtype": self.dtype_policy}
         conv = {"use_bias": False, "data_format": "channels_last", **common}
-        self.depthwise = layers.DepthwiseConv2D(  # Each of its filters sees one channel.
-            size, padding="same", depthwise_initializer=uniform(size**2), **conv
+        self.depthwise = layers.DepthwiseConv2D(
+            size, padding="same", depthwise_initializer=spatial, **conv
         )
-        self.pointwise = layers.Conv2D(channels, 1, kernel_initializer=uniform(channels), **conv)
+        self.pointwise = layers.Conv2D(channels, 1, kernel_initializer=across, **conv)
         self.norm = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, **common)
         for layer in (self.depthwise, self.pointwise, self.norm):
             layer.build(input_shape)
@@ -106,8 +110,11 @@ class MixerBlock(layers.Layer):
 
     def __init__(self, tokens_mlp_dim, channels_mlp_dim, dropout=0.0, **kwargs):
         super().__init__(**kwargs)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"`dropout` must be in [0, 1). Received: {dropout!r}")
+        for name, size in (("tokens", tokens_mlp_dim), ("channels", channels_mlp_dim)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"`{name}_mlp_dim` must be a positive int. Received: {size!r}")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` must be a number in [0, 1). Received: {dropout!r}")
         self.tokens_mlp_dim = tokens_mlp_dim
         self.channels_mlp_dim = channels_mlp_dim
         self.dropout = dropout
@@ -123,12 +130,10 @@ class MixerBlock(layers.Layer):
             layer.build(input_shape)
             return layer
 
-        def uniform(fan_in):
-            return keras.initializers.RandomUniform(-(fan_in**-0.5), fan_in**-0.5)
-
-        def dense(size, units):
-            start = {"kernel_initializer": uniform(size), "bias_initializer": uniform(size)}
-            layer = layers.Dense(units, **start, dtype=self.dtype_policy)
+        def dense(size, units):  # Kernel and bias start uniform in +-1/sqrt(fan_in).
+            bound = size**-0.5
+            uniform = [keras.initializers.RandomUniform(-bound, bound) for _ in range(2)]
+            layer = layers.Dense(units, None, True, *uniform, dtype=self.dtype_policy)
             layer.build((None, None, size))
             return layer
 
@@ -199,6 +204,9 @@ def build_model(
     """
     if model not in MODELS:
         raise ValueError(f"`model` must be one of {', '.join(MODELS)}. Received: {model!r}")
+    for size in (*image_shape, num_classes, patch_size, hidden_dim, num_blocks):
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"Sizes must be positive ints. Received: {size!r}")
     height, width, channels = image_shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"Height and width must be multiples of `patch_size` {patch_size}. "
@@ -207,15 +215,14 @@ def build_model(
     grid = (height // patch_size, width // patch_size, hidden_dim)
     to_grid, to_tokens = layers.Reshape(grid), layers.Reshape((grid[0] * grid[1], hidden_dim))
 
-    def start(fan_in):
-        bound = fan_in**-0.5
-        names = ("kernel_initializer", "bias_initializer")
+    def uniform(fan_in):  # in +-1/sqrt(fan_in), as in the layers
+        names, bound = ("kernel_initializer", "bias_initializer"), fan_in**-0.5
         return {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
 
     images = keras.Input(image_shape, name="images")
     x = layers.Conv2D(
         hidden_dim, patch_size, strides=patch_size, data_format="channels_last",
-        **start(patch_size**2 * channels), name="patch_embedding",
+        **uniform(patch_size**2 * channels), name="patch_embedding",
     )(images)  # fmt: skip
     if has_stem:
         x = ConvStem(name="stem")(x)
@@ -226,7 +233,7 @@ def build_model(
             x = to_tokens(ConvStem(name=f"conv_{i}")(to_grid(x)))
     x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
     x = layers.GlobalAveragePooling1D(data_format="channels_last", name="mean_of_tokens")(x)
-    head = layers.Dense(num_classes, **start(hidden_dim), dtype="float32", name="head")
+    head = layers.Dense(num_classes, **uniform(hidden_dim), dtype="float32", name="head")
     return keras.Model(images, head(x), name=model)
 
 
@@ -267,10 +274,13 @@ def load_data(name, data_dir=None):
     features = [info.features[key] for key in info.supervised_keys or ()]
     if [type(f) for f in features] != kinds or None in features[0].shape:
         raise UserError(f"Data set {name!r} isn't of labelled images of one size: try another.")
-    if not {"train", "test"} <= set(info.splits):
-        raise UserError(f"Data set {name!r} lacks a train or a test split: try another.")
+    if not all(s in info.splits and info.splits[s].num_examples for s in ("train", "test")):
+        raise UserError(f"Data set {name!r} lacks train or test images: try another.")
     splits = (builder.as_dataset(s, batch_size=-1, as_supervised=True) for s in ("train", "test"))
-    return *map(tfds.as_numpy, splits), features[1].names
+    train, test = map(tfds.as_numpy, splits)
+    if min(train[1].min(), test[1].min()) < 0:
+        raise UserError(f"Data set {name!r} has images without a label: try another.")
+    return train, test, features[1].names
 
 
 def draw_shapes(num_train=5000, num_test=1000, seed=0):
@@ -503,10 +513,15 @@ def train(settings, data, folder):
         return train(settings, data, folder)
     parameters = f"{count_parameters(network):,} trainable parameters"
     print(f"{name.replace('-', ', ')}: {parameters}, {done} epochs done before")
-    trainer.fit(
-        batches, validation_data=Batches(*test, 500), initial_epoch=done, epochs=settings["epochs"],
-        callbacks=[state], shuffle=False,  # Keras would shuffle by a state that nothing saves.
-    )  # fmt: skip
+    try:
+        trainer.fit(
+            batches, validation_data=Batches(*test, 500), callbacks=[state], initial_epoch=done,
+            epochs=settings["epochs"], shuffle=False,  # Else by a state that nothing saves.
+        )  # fmt: skip
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "OOM" not in str(error):
+            raise
+        raise UserError("Out of memory: try a smaller --batch_size.") from error
     result = summarize(settings, network, class_names, state.history, len(x_train))
     print(f"Test accuracy after the last epoch: {100 * result['final_test_accuracy']:.2f} %")
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -558,9 +573,11 @@ def describe_machine():
     elif gpus:
         gpu = library.config.list_physical_devices("GPU")[0]
         name = library.config.experimental.get_device_details(gpu).get("device_name", "GPU")
-    device = f"{gpus} x {name}" if gpus else f"{name}, {os.cpu_count()} CPU cores"
-    versions = {"backend": f"{backend} {library.__version__}", "keras": keras.__version__}
-    return {"device": device, **versions, "python": platform.python_version()}
+    return {
+        "device": f"{gpus} x {name}" if gpus else f"{name}, {os.cpu_count()} CPU cores",
+        "backend": f"{backend} {library.__version__}", "keras": keras.__version__,
+        "python": platform.python_version(),
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------- results and plots
@@ -575,35 +592,30 @@ STYLES = dict(zip(MODELS, [("tab:blue", "--"), ("tab:red", "-"), ("tab:green", "
 
 
 def load_groups(folder):
-    """Reads all results in `folder`.
-
-    Returns a list of dicts, one for each data set, wording of what is unusual in the settings, and
-    model: its runs (which differ in the seed), `{seed: final accuracy in percent}` and the gains
-    in points over `mixer`, one for each seed that both have run.
-    """
-    groups = {}
+    """Reads all results in `folder`: `{(data set, unusual settings, model): {seed: result}}`."""
+    groups, names = {}, list(MODELS)
     for path in sorted(folder.glob("*-seed*.json")):
         try:
             run = json.loads(path.read_text())
-            settings, accuracy = run["settings"], 100 * run["final_test_accuracy"]
-            key = (settings["dataset"], unusual(settings), list(MODELS).index(settings["model"]))
+            settings, run["accuracy"] = run["settings"], 100 * run["final_test_accuracy"]
+            key = (settings["dataset"], unusual(settings), names.index(settings["model"]))
+            groups.setdefault(key, {})[settings["seed"]] = run
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"Left out of table and plots: {path} ({error!r})", file=sys.stderr)
-            continue
-        names = {"dataset": key[0], "unusual": key[1], "model": settings["model"]}
-        group = groups.setdefault(key, {**names, "runs": [], "accuracy": {}})
-        group["runs"].append(run)
-        group["accuracy"][settings["seed"]] = accuracy
-    for key, group in groups.items():
-        base = groups.get((*key[:2], 0), {"accuracy": {}})["accuracy"] if key[2] else {}
-        group["gains"] = [v - base[seed] for seed, v in group["accuracy"].items() if seed in base]
-    return [groups[key] for key in sorted(groups)]
+    return {(*key[:2], names[key[2]]): groups[key] for key in sorted(groups)}
 
 
 def mean_std(values, sign=""):
     """Formats values as their mean, with the standard deviation where there are several."""
     mean = f"{np.mean(values):{sign}.2f}" if values else ""
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
+
+
+def format_gain(groups, key):
+    """Formats the points of accuracy gained over `mixer` by the seeds that both have run."""
+    base = groups.get((*key[:2], "mixer"), {}) if key[2] != "mixer" else {}
+    both = groups[key].keys() & base.keys()
+    return mean_std([groups[key][s]["accuracy"] - base[s]["accuracy"] for s in both], "+")
 
 
 def make_table(groups):
@@ -613,14 +625,14 @@ def make_table(groups):
         "epoch's, selected on test, %|paper, %|seconds an epoch|hardware|backend"
     ).split("|")
     rows = [head, ["---"] * len(head)]
-    for group in groups:
-        runs, accuracy = group["runs"], group["accuracy"]
+    for key, seeds in groups.items():
+        (dataset, changed, model), runs = key, list(seeds.values())
         rows.append([
-            group["dataset"], group["model"], group["unusual"] or "defaults",
-            f"{runs[0]['parameters']:,}", mean_std(list(accuracy.values())),
-            mean_std(group["gains"], "+"), ", ".join(map(str, sorted(accuracy))),
+            dataset, model, changed or "defaults", f"{runs[0]['parameters']:,}",
+            mean_std([run["accuracy"] for run in runs]), format_gain(groups, key),
+            ", ".join(map(str, sorted(seeds))),
             mean_std([100 * run["best_test_accuracy_selected_on_test"] for run in runs]),
-            PAPER.get((group["dataset"], group["model"]), ""),
+            PAPER.get((dataset, model), ""),
             f"{np.median([run['seconds_per_epoch'] for run in runs]):.3g}",
             *("; ".join(sorted({run[k] for run in runs})) for k in ("device", "backend")),
         ])  # fmt: skip
@@ -633,14 +645,13 @@ def plot_loss(groups, path):
 
     figure = Figure(figsize=(10, 4 + 0.2 * len(groups)), layout="constrained")
     for axis, split in zip(figure.subplots(1, 2, sharey=True), ("train", "test")):
-        for group in groups:
-            color, line = STYLES[group["model"]]
-            losses = np.array([run["history"][f"{split}_loss"] for run in group["runs"]])
+        for (dataset, changed, model), seeds in groups.items():
+            losses = np.array([run["history"][f"{split}_loss"] for run in seeds.values()])
             mean, std = losses.mean(0), losses.std(0, ddof=int(len(losses) > 1))
-            epochs = np.arange(1, len(mean) + 1)
-            axis.plot(epochs, mean, line, color=color, label=f"{group['model']} {group['unusual']}")
+            epochs, (color, line) = np.arange(1, len(mean) + 1), STYLES[model]
+            axis.plot(epochs, mean, line, color=color, label=f"{model} {changed}")
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-        axis.set(title=f"{group['dataset']}, {split} loss", xlabel="epoch", ylabel="cross-entropy")
+        axis.set(title=f"{dataset}, {split} loss", xlabel="epoch", ylabel="cross-entropy")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=120)
 
@@ -651,12 +662,13 @@ def plot_accuracy(groups, path):
 
     figure = Figure(figsize=(4 + 1.2 * len(groups), 6), layout="constrained")
     axis = figure.subplots()
-    for group in groups:
-        name = "\n".join([group["dataset"], group["model"], *group["unusual"].split(", ")])
-        values = list(group["accuracy"].values())
+    for key, seeds in groups.items():
+        dataset, changed, model = key
+        values = [run["accuracy"] for run in seeds.values()]
         std = np.std(values, ddof=int(len(values) > 1))
-        bar = axis.bar(name, np.mean(values), yerr=std, color=STYLES[group["model"]][0])
-        axis.bar_label(bar, [mean_std(group["gains"], "+")], padding=4)
+        name = "\n".join([dataset, model, *changed.split(", ")])
+        bar = axis.bar(name, np.mean(values), yerr=std, color=STYLES[model][0])
+        axis.bar_label(bar, [format_gain(groups, key)], padding=4)
     axis.set(title="Points gained over mixer above the bars", ylabel="final test accuracy, %")
     axis.margins(y=0.12)
     axis.tick_params(labelsize="small")
@@ -668,12 +680,13 @@ def report(folder):
     groups = load_groups(folder)
     if not groups:
         raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
-    for name, part in itertools.groupby(groups, lambda group: group["dataset"]):
-        path, part = folder / f"{name.replace('/', '_')}_loss.png", list(part)
-        write_atomically(path, lambda partial, part=part: plot_loss(part, partial))
-    write_atomically(folder / "accuracy.png", lambda partial: plot_accuracy(groups, partial))
+    for name in dict.fromkeys(dataset for dataset, _, _ in groups):
+        part = {key: seeds for key, seeds in groups.items() if key[0] == name}
+        path = folder / f"{name.replace('/', '_')}_loss.png"
+        write_atomically(path, functools.partial(plot_loss, part))
+    write_atomically(folder / "accuracy.png", functools.partial(plot_accuracy, groups))
     table = make_table(groups)
-    write_atomically(folder / "table.md", lambda partial: partial.write_text(table))
+    write_atomically(folder / "table.md", lambda path: path.write_text(table))
     return table
 
 
@@ -762,10 +775,14 @@ def main(argv):
             raise UserError(f"{argv[1]!r} is no flag: see --help.")
         if not values["plot"]:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # Fails now rather than after hours.
             sweep(values, folder)
         print(report(folder))
-    except (UserError, OSError) as error:
+    except UserError as error:
         sys.exit(f"hybrid_mixer.py: {error}")
+    except OSError as error:
+        sys.exit(f"hybrid_mixer.py: {error}: make room or give another --output_dir, then the same "
+                 "command goes on.")  # fmt: skip
     except KeyboardInterrupt:
         sys.exit("hybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")
 

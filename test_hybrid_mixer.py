@@ -705,26 +705,31 @@ def fake_run(model, seed, accuracy, best, **changes):
             "device": "abacus", "backend": "beads", "history": history}  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error")
 def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path, capsys):
     runs = [
         fake_run("mixer", 0, 0.70, 0.71), fake_run("mixer", 1, 0.74, 0.74),
         fake_run("hybrid", 1, 0.80, 0.81), fake_run("hybrid", 0, 0.78, 0.78),
         fake_run("hybrid", 2, 0.88, 0.90), fake_run("mixer", 7, 0.11, 0.11, epochs=2),
+        *(fake_run(model, 7, 0.1, 0.1, epochs=2, hidden_dim=16, num_blocks=2, tokens_mlp_dim=8,
+                   channels_mlp_dim=16, schedule="published") for model in hm.MODELS),
     ]  # fmt: skip
     for i, run in enumerate(runs):
         (tmp_path / f"{i}-seed0.json").write_text(json.dumps(run))
     (tmp_path / "half-seed0.json").write_text('{"settings"')
+    (tmp_path / "old-seed0.json").write_text(json.dumps(fake_run("vit", 0, 0.1, 0.1)))
     table = hm.report(tmp_path)
-    assert "half-seed0.json" in capsys.readouterr().err
+    complaints = capsys.readouterr().err
+    assert "half-seed0.json" in complaints and "old-seed0.json" in complaints
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     body = {(row[1], row[2]): row for row in rows[2:]}
-    assert len(rows) == 5 and set(body) == {
+    assert len(rows) == 8 and {key for key in body if "published" not in key[1]} == {
         ("mixer", "defaults"), ("hybrid", "defaults"), ("mixer", "epochs 2")}  # fmt: skip
     # Standard deviations by hand: of 70, 74 and of 80, 78, 88 and of the gains 8, 6.
     assert body["mixer", "defaults"][4:7] == ["72.00 ± 2.83", "", "0, 1"]
     assert body["hybrid", "defaults"][3:8] == [
         "1,234,567", "82.00 ± 5.29", "+7.00 ± 1.41", "0, 1, 2", "83.00 ± 6.24"]  # fmt: skip
-    assert body["hybrid", "defaults"][8:] == ["82.27", "", "9.87", "abacus", "beads"]
+    assert body["hybrid", "defaults"][8:] == ["82.27 (text)", "9.87", "abacus", "beads"]
     assert body["mixer", "epochs 2"][4] == "11.00"
     assert {p.name for p in tmp_path.glob("*.png")} == {"accuracy.png", "cifar10_loss.png"}
     assert (tmp_path / "table.md").read_text() == table
