@@ -11,6 +11,7 @@ results/table.md. README.md says what that reaches, in what time and on what har
 """
 
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -22,7 +23,6 @@ import sys
 import tempfile
 import time
 
-import h5py
 import numpy as np
 from absl import app, flags, logging
 
@@ -422,15 +422,16 @@ class EpochState(keras.callbacks.Callback):
         """Loads the saved state, if there is one, into `model`; returns the epochs done."""
         if not self.path.exists():
             return 0
-        model.load_weights(self.path)
-        with h5py.File(self.path) as file:
-            self.history = json.loads(file["history"][()])
+        with np.load(self.path) as file:
+            for i, variable in enumerate(model.weights + model.optimizer.variables):
+                variable.assign(file[f"arr_{i}"])
+            self.history = json.loads(file["history"].item())
         return len(self.history["seconds"])
 
     def save(self, path):
-        self.model.save_weights(path)
-        with h5py.File(path, "a") as file:
-            file["history"] = json.dumps(self.history)
+        variables = self.model.weights + self.model.optimizer.variables
+        values = map(ops.convert_to_numpy, variables)
+        np.savez(path, *values, history=json.dumps(self.history))
 
     def on_epoch_begin(self, epoch, logs=None):
         self.batches.shuffle(epoch)
@@ -502,7 +503,7 @@ def train(settings, data, folder):
     trainer.optimizer.build(trainer.trainable_variables)  # Else TensorFlow traces a step twice.
     name = run_name(settings)
     # Checkpoints of other settings are never in the way.
-    checkpoint = f".{name} {unusual(settings)}".rstrip() + ".weights.h5"
+    checkpoint = f".{name} {unusual(settings)}".rstrip() + ".npz"
     state = EpochState(batches, folder / checkpoint)
     try:
         done = state.restore(trainer)
@@ -513,15 +514,10 @@ def train(settings, data, folder):
         return train(settings, data, folder)
     parameters = f"{count_parameters(network):,} trainable parameters"
     print(f"{name.replace('-', ', ')}: {parameters}, {done} epochs done before")
-    try:
-        trainer.fit(
-            batches, validation_data=Batches(*test, 500), callbacks=[state], initial_epoch=done,
-            epochs=settings["epochs"], shuffle=False,  # Else by a state that nothing saves.
-        )  # fmt: skip
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "OOM" not in str(error):
-            raise
-        raise UserError("Out of memory: try a smaller --batch_size.") from error
+    trainer.fit(
+        batches, validation_data=Batches(*test, 500), callbacks=[state], initial_epoch=done,
+        epochs=settings["epochs"], shuffle=False,  # Else by a state that nothing saves.
+    )  # fmt: skip
     result = summarize(settings, network, class_names, state.history, len(x_train))
     print(f"Test accuracy after the last epoch: {100 * result['final_test_accuracy']:.2f} %")
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
@@ -777,14 +773,19 @@ def main(argv):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # Fails now rather than after hours.
             sweep(values, folder)
-        print(report(folder))
+        return print(report(folder))
     except UserError as error:
-        sys.exit(f"hybrid_mixer.py: {error}")
+        problem = str(error)
     except OSError as error:
-        sys.exit(f"hybrid_mixer.py: {error}: make room or give another --output_dir, then the same "
-                 "command goes on.")  # fmt: skip
+        problem = f"{error}: make room or give another --output_dir, then the same command goes on."
     except KeyboardInterrupt:
-        sys.exit("hybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")
+        problem = "stopped; the same command goes on after the last whole epoch."
+    except Exception as error:  # Each backend has its own class for this.
+        if not any(sign in repr(error) for sign in ("OOM", "RESOURCE_EXHAUSTED", "MemoryError")):
+            raise
+        problem = "out of memory: try a smaller --batch_size or a smaller model."
+    gc.collect()  # Ends TensorFlow's input threads, which can crash Python's own end.
+    sys.exit(f"hybrid_mixer.py: {problem}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,13 @@ import subprocess
 import sys
 import time
 
+import hypothesis
 import keras
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from hypothesis import given, strategies
 
 import hybrid_mixer as hm
 
@@ -24,12 +28,19 @@ TINY = ["--hidden_dim", "16", "--num_blocks", "2", "--tokens_mlp_dim", "8"]
 TINY += ["--channels_mlp_dim", "16"]
 
 
-def run_python(*arguments, backend="tensorflow", **options):
-    """Runs Python in a fresh process; returns the finished process with its output as text."""
+def start_python(*arguments, backend="tensorflow", cwd=HERE):
+    """Starts Python in a fresh process, its output to be had as text."""
     environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, *map(str, arguments)]
-    options = {"cwd": HERE, "timeout": 600, **options}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=cwd, **pipes)
+
+
+def run_python(*arguments, **options):
+    """Runs Python in a fresh process; returns the finished process with its output as text."""
+    with start_python(*arguments, **options) as process:
+        output = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
 
 def run_script(*arguments, **options):
@@ -267,6 +278,7 @@ def test_dropout_keeps_the_rate_and_the_mean(rate):
 # --------------------------------------------------------------------- copied, saved, loaded
 
 STANDALONE = """
+import hypothesis
 import keras
 from keras import layers, ops
 
@@ -624,53 +636,207 @@ hm.train(settings, hm.draw_shapes(200, 40), pathlib.Path(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_a_killed_run_ends_as_one_that_was_never_stopped(tmp_path, backend):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    whole.mkdir()
-    cut.mkdir()
-    done = run_python("-c", TRAIN, whole, backend=backend)
-    assert done.returncode == 0, done.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAIN, str(cut)],
-        env={**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"},
-        cwd=HERE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not list(cut.glob(".shapes*.weights.h5")) and process.poll() is None:
+def wait_for(condition, process):
+    while not condition() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not list(cut.glob("*.json")), "the run ended before it could be killed"
-    done = run_python("-c", TRAIN, cut, backend=backend)
+
+
+@pytest.fixture(scope="module", params=["tensorflow", "jax"])
+def whole(request, tmp_path_factory):
+    """The backend and the history of the run TRAIN that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run_python("-c", TRAIN, folder, backend=request.param)
     assert done.returncode == 0, done.stderr
+    return request.param, histories(folder)
+
+
+def assert_goes_on(folder, whole):
+    """Runs TRAIN again in `folder`: it has to end as if nothing had stopped it."""
+    done = run_python("-c", TRAIN, folder, backend=whole[0])
+    assert done.returncode == 0, done.stderr
+    assert histories(folder) == whole[1]
+    assert len(whole[1]["shapes-interleaved-seed3.json"]["test_loss"]) == 12
+    assert not list(folder.glob(".shapes*"))
+    keras.saving.load_model(folder / "shapes-interleaved-seed3.keras")
+    return done
+
+
+def test_a_killed_run_ends_as_one_that_was_never_stopped(whole, tmp_path):
+    process = start_python("-c", TRAIN, tmp_path, backend=whole[0])
+    wait_for(lambda: list(tmp_path.glob(".shapes*.npz")), process)
+    process.kill()
+    process.wait()
+    assert not list(tmp_path.glob("*.json")), "the run ended before it could be killed"
+    done = assert_goes_on(tmp_path, whole)
     assert any(f" {n} epochs done before" in done.stdout for n in range(1, 12))
-    (ours,), (expected,) = histories(cut).values(), histories(whole).values()
-    assert len(ours["test_loss"]) == 12 and ours == expected
-    assert not list(cut.glob(".shapes*"))
-    result = json.loads((cut / "shapes-interleaved-seed3.json").read_text())
-    assert result["backend"].startswith(backend)
+    result = json.loads((tmp_path / "shapes-interleaved-seed3.json").read_text())
+    assert result["backend"].startswith(whole[0])
+
+
+@pytest.mark.parametrize("kill", range(int(os.environ.get("KILLS", 1))))
+def test_a_kill_at_any_moment_leaves_no_half_file_and_loses_nothing(kill, whole, tmp_path):
+    """Kills at moments from the first epoch to the last file; KILLS=20 tries twenty of them."""
+    if whole[0] != "tensorflow":
+        pytest.skip("The files are the same on every backend")
+    process = start_python("-c", TRAIN, tmp_path)
+    wait_for(lambda: list(tmp_path.iterdir()), process)
+    time.sleep(6 * np.random.default_rng(kill).uniform())
+    process.kill()
+    process.wait()
+    for path in tmp_path.glob("[!.]*"):
+        json.loads(path.read_text()) if path.suffix == ".json" else keras.saving.load_model(path)
+    if list(tmp_path.glob("*.json")):
+        assert histories(tmp_path) == whole[1]
+    else:
+        assert_goes_on(tmp_path, whole)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_named(whole, tmp_path):
+    if whole[0] != "tensorflow":
+        pytest.skip("The files are the same on every backend")
+    process = start_python("-c", TRAIN, tmp_path)
+    wait_for(lambda: list(tmp_path.glob(".shapes*.npz")), process)
+    process.kill()
+    process.wait()
+    (checkpoint,) = tmp_path.glob(".shapes*.npz")
+    damaged = checkpoint.read_bytes()[: checkpoint.stat().st_size // 2]
+    checkpoint.write_bytes(damaged)
+    done = assert_goes_on(tmp_path, whole)
+    (aside,) = tmp_path.glob("*.damaged")
+    assert aside.read_bytes() == damaged
+    assert f"damaged checkpoint is now {aside}, its run starts anew" in done.stderr
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(tmp_path):
+    command = ["--dataset", "shapes", "--epochs", "1", "--output_dir", tmp_path, *TINY]
+    limited = ["bash", "-c", f"ulimit -f 20; exec {sys.executable} {SCRIPT} \"$@\"", "x"]
+    done = subprocess.run([*limited, *command], capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "make room or give another --output_dir" in done.stderr
+    assert not list(tmp_path.glob("[!.]*"))
+    assert run_script(*command).returncode == 0
+    assert len(histories(tmp_path)) == 1
+
+
+def test_control_c_stops_soon_and_says_how_to_go_on(tmp_path):
+    process = start_python(SCRIPT, "--dataset", "shapes", "--output_dir", tmp_path, *TINY)
+    wait_for(lambda: list(tmp_path.glob(".shapes*.npz")), process)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 1 and "Traceback" not in told
+    assert told.splitlines()[-1].endswith("the same command goes on after the last whole epoch.")
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--dataset", "nosuchdata"], "'nosuchdata' can't be had"),
+    "error", [MemoryError("1 TiB"), RuntimeError("RESOURCE_EXHAUSTED: Out of memory")]
+)
+def test_too_little_memory_is_one_sentence_but_a_bug_is_shown_as_one(error, main, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(hm, "train", fail)
+    with pytest.raises(SystemExit, match="out of memory: try a smaller --batch_size"):
+        main()
+    error = ValueError("a bug")
+    with pytest.raises(ValueError, match="a bug"):
+        main()
+
+
+def test_bad_input_is_one_sentence_and_status_1(tmp_path):
+    """Through the command itself: what absl refuses, what main refuses, what comes in training."""
+    for arguments, words in (
+        (["--dataset", "shapes", "--epochs", "0"], "--epochs"),
         (["--dataset", "shapes", "--patch_size", "5"], "`patch_size` 5"),
         (["--dataset", "shapes", "--learning_rate", "1e30"], "--learning_rate"),
-        (["--dataset", "shapes", "--model", "vit"], "mixer, hybrid, interleaved"),
-        (["--dataset", "shapes", "--seed", "0,x"], "--seed"),
-        (["--dataset", "shapes", "--epochs", "0"], "--epochs"),
-        (["shapes"], "'shapes' is no flag"),
-        (["--plot"], "no result"),
-    ],
-)
-def test_bad_input_is_one_sentence_and_status_1(arguments, words, tmp_path):
-    done = run_script(*arguments, "--output_dir", tmp_path, *TINY)
-    assert done.returncode == 1
-    assert words in done.stderr and "Traceback" not in done.stderr
+    ):
+        done = run_script(*arguments, "--output_dir", tmp_path, *TINY)
+        assert done.returncode == 1
+        assert words in done.stderr and "Traceback" not in done.stderr
+        assert not list(tmp_path.iterdir())
+
+
+NUMBERS = [name for name, (default, *_) in hm.SETTINGS.items() if not isinstance(default, str)]
+BAD = [(name, value) for name in NUMBERS for value in ("x", "-1", "", "1e999x")]
+BAD += [(name, value) for name in NUMBERS if isinstance(hm.SETTINGS[name][0], int)
+        for value in ("0", "1.5", "nan")]  # fmt: skip
+BAD += [(name, value) for name in ("schedule", "precision", "model") for value in ("x", "", "None")]
+BAD += [("model", "hybrid,"), ("model", "hybrid,vit"), ("seed", ""), ("seed", "-1"), ("seed", "0,x")]
+BAD += [("seed", "1.5"), ("dataset", ""), ("dataset", "shapes,"), ("dataset", "nosuchdata")]
+BAD += [("dropout", "1"), ("dropout", "7"), ("dropout", "nan"), ("patch_size", "33")]
+BAD += [("patch_size", "5"), ("overwrite", "maybe"), ("plot", "2"), ("epoch", "1")]
+BAD += [("output_dir", "/dev/null"), ("output_dir", "/dev/null/folder")]
+
+
+@pytest.fixture
+def main(tmp_path):
+    """Returns a function that does what the command line does, in this process."""
+    if "epochs" not in flags.FLAGS:
+        hm.define_flags()
+
+    def main(*arguments):
+        with flagsaver.flagsaver():
+            rest = flags.FLAGS(["x", "--dataset=shapes", f"--output_dir={tmp_path}", *arguments])
+            hm.main(rest)
+
+    yield main
+
+
+@pytest.mark.parametrize("name, value", BAD)
+def test_bad_flags_are_named_and_nothing_is_written(name, value, main, tmp_path, capsys):
+    with pytest.raises((flags.Error, SystemExit)) as caught:
+        main(f"--{name}={value}")
+    told = str(caught.value)
+    assert name in told.replace("Data set", "dataset") or value in told, told
+    assert len(told.splitlines()) <= 2 and told != "0"
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_a_flag_is_refused_and_so_is_an_empty_folder(main):
+    with pytest.raises(SystemExit, match="'shapes' is no flag"):
+        main("shapes")
+    with pytest.raises(SystemExit, match="no result"):
+        main("--plot")
+
+
+@pytest.mark.parametrize(
+    "layer, arguments, name",
+    [
+        *((hm.ConvStem, {"kernel_size": k}, "kernel_size") for k in (0, -3, 1.5, "3", None, (3, 3))),
+        *((hm.MixerBlock, {"tokens_mlp_dim": k, "channels_mlp_dim": 4}, "tokens_mlp_dim")
+          for k in (0, -1, 2.0, "4", None)),
+        *((hm.MixerBlock, {"tokens_mlp_dim": 4, "channels_mlp_dim": k}, "channels_mlp_dim")
+          for k in (0, -1, 2.0, "4", None)),
+        *((hm.MixerBlock, {"tokens_mlp_dim": 4, "channels_mlp_dim": 4, "dropout": k}, "dropout")
+          for k in (1, 1.0, -0.1, float("nan"), "0.1", None)),
+        *((hm.build_model, {name: k}, "positive") for k in (0, -1, 1.5, "4", None)
+          for name in ("num_classes", "patch_size", "hidden_dim", "num_blocks")),
+        (hm.build_model, {"image_shape": (32, None, 3)}, "positive"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused_by_name_with_what_was_received(layer, arguments, name):
+    with pytest.raises(ValueError, match=f"{name}.*Received: "):
+        layer(**arguments)
+
+
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@given(data=strategies.data())
+def test_any_sizes_give_a_sound_model_or_a_clear_error(data):
+    def draw(low, high):
+        return data.draw(strategies.integers(low, high))
+
+    height, width, channels, patch = draw(1, 20), draw(1, 20), draw(1, 4), draw(0, 7)
+    classes, model = draw(1, 12), data.draw(strategies.sampled_from(list(hm.MODELS)))
+    sizes = [draw(0 if data.draw(strategies.booleans()) else 1, 9) for _ in range(4)]
+    try:
+        network = hm.build_model(model, (height, width, channels), classes, patch, *sizes)
+    except ValueError as error:
+        assert "Received" in str(error)
+        assert 0 in (patch, *sizes) or height % patch or width % patch
+        return
+    assert 0 not in (patch, *sizes) and height % patch == width % patch == 0
+    images = np.random.default_rng(0).normal(size=(2, height, width, channels))
+    logits = np.asarray(network(images, training=True))
+    assert logits.shape == (2, classes) and np.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
