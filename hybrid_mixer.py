@@ -635,19 +635,22 @@ def make_table(groups):
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
-def plot_loss(groups, path):
-    """Draws train and test loss over the epochs; several seeds as mean +- deviation."""
+def plot_curves(groups, names, authors, path):
+    """Draws two histories of each group; several seeds as mean +- deviation, authors as dots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4 + 0.2 * len(groups)), layout="constrained")
-    for axis, split in zip(figure.subplots(1, 2, sharey=True), ("train", "test")):
+    for axis, name in zip(figure.subplots(1, 2, sharey=names[1] == "test_loss"), names):
         for (dataset, changed, model), seeds in groups.items():
-            losses = np.array([run["history"][f"{split}_loss"] for run in seeds.values()])
-            mean, std = losses.mean(0), losses.std(0, ddof=int(len(losses) > 1))
+            values = np.array([run["history"][name] for run in seeds.values()])
+            mean, std = values.mean(0), values.std(0, ddof=int(len(values) > 1))
             epochs, (color, line) = np.arange(1, len(mean) + 1), STYLES[model]
             axis.plot(epochs, mean, line, color=color, label=f"{model} {changed}")
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-        axis.set(title=f"{dataset}, {split} loss", xlabel="epoch", ylabel="cross-entropy")
+            theirs = authors.get(f"{dataset}/{model}", {}).get(name, [])
+            axis.plot(range(1, len(theirs) + 1), theirs, ".", color=color,
+                      label=f"{model}, the authors" if theirs else None)  # fmt: skip
+        axis.set(title=f"{dataset}, {name.replace('_', ' ')}", xlabel="epoch")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=120)
 
@@ -672,14 +675,20 @@ def plot_accuracy(groups, path):
 
 
 def report(folder):
-    """Draws table and plots of all results in `folder`; returns the table."""
-    groups = load_groups(folder)
+    """Draws table and plots of all results in `folder`; returns the table.
+
+    Curves in `authors.json` there, if it exists, are drawn beside those of the same model.
+    """
+    groups, known = load_groups(folder), folder / "authors.json"
+    authors = json.loads(known.read_text()) if known.exists() else {}
     if not groups:
         raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
     for name in dict.fromkeys(dataset for dataset, _, _ in groups):
         part = {key: seeds for key, seeds in groups.items() if key[0] == name}
-        path = folder / f"{name.replace('/', '_')}_loss.png"
-        write_atomically(path, functools.partial(plot_loss, part))
+        for kind, curves in (("loss", {}), ("accuracy", authors)):
+            path = folder / f"{name.replace('/', '_')}_{kind}.png"
+            plot = functools.partial(plot_curves, part, ("train_loss", f"test_{kind}"), curves)
+            write_atomically(path, plot)
     write_atomically(folder / "accuracy.png", functools.partial(plot_accuracy, groups))
     table = make_table(groups)
     write_atomically(folder / "table.md", lambda path: path.write_text(table))

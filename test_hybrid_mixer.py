@@ -576,7 +576,7 @@ def test_sweep_writes_results_models_plots_and_table(swept):
     for ending in (".json", ".keras"):
         assert {path.stem for path in folder.glob("*" + ending)} == names
     assert sorted(p.name for p in folder.iterdir() if p.suffix not in (".json", ".keras")) == [
-        "accuracy.png", "shapes_loss.png", "table.md"]  # fmt: skip
+        "accuracy.png", "shapes_accuracy.png", "shapes_loss.png", "table.md"]  # fmt: skip
     result = json.loads((folder / "shapes-interleaved-seed1.json").read_text())
     history = result["history"]
     assert {len(values) for values in history.values()} == {2}
@@ -865,7 +865,7 @@ def test_short_run_on_real_cifar_learns(tmp_path):
 def fake_run(model, seed, accuracy, best, **changes):
     settings = {"dataset": "cifar10", "model": model, "seed": seed}
     settings |= {name: default for name, (default, _, _) in hm.SETTINGS.items()} | changes
-    history = {"train_loss": [2.0, 1.0], "test_loss": [2.1, 1.1]}
+    history = {"train_loss": [2.0, 1.0], "test_loss": [2.1, 1.1], "test_accuracy": [0.1, accuracy]}
     return {"settings": settings, "parameters": 1234567, "final_test_accuracy": accuracy,
             "best_test_accuracy_selected_on_test": best, "seconds_per_epoch": 9.87,
             "device": "abacus", "backend": "beads", "history": history}  # fmt: skip
@@ -897,8 +897,19 @@ def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path, capsys):
         "1,234,567", "82.00 ± 5.29", "+7.00 ± 1.41", "0, 1, 2", "83.00 ± 6.24"]  # fmt: skip
     assert body["hybrid", "defaults"][8:] == ["82.27 (text)", "9.87", "abacus", "beads"]
     assert body["mixer", "epochs 2"][4] == "11.00"
-    assert {p.name for p in tmp_path.glob("*.png")} == {"accuracy.png", "cifar10_loss.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "accuracy.png", "cifar10_accuracy.png", "cifar10_loss.png"}  # fmt: skip
     assert (tmp_path / "table.md").read_text() == table
+
+
+def test_the_authors_curves_have_the_papers_table_as_their_best_epochs():
+    curves = json.loads((HERE / "results" / "published" / "authors.json").read_text())
+    assert "github.com/GeorgeKanazi/HybridMixer" in curves.pop("source")
+    assert len(curves) == 4
+    for name, curve in curves.items():
+        assert len(curve["train_loss"]) == len(curve["test_accuracy"]) == 30
+        best = f"{100 * max(curve['test_accuracy']):.2f}"
+        assert hm.PAPER[tuple(name.split("/"))].split()[0] == best
 
 
 FOLDERS = sorted({path.parent for path in (HERE / "results").rglob("*-seed*.json")})
