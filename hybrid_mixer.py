@@ -10,6 +10,7 @@ trains 30 epochs and writes results/cifar100-hybrid-seed0.json, the model beside
 results/table.md. README.md says what that reaches, in what time and on what hardware.
 """
 
+import contextlib
 import functools
 import gc
 import inspect
@@ -471,6 +472,40 @@ def unusual(settings):
     return ", ".join(f"{k} {settings[k]}" for k, v in SETTINGS.items() if settings[k] != v[0])
 
 
+def compile_models(settings, train_images, num_classes):
+    """Returns `(network, trainer, classifier)` as `settings` say, the trainer ready for `fit`."""
+    sizes = {k: settings[k] for k in inspect.signature(build_model).parameters if k in settings}
+    try:
+        network = build_model(image_shape=train_images.shape[1:], num_classes=num_classes, **sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    trainer, classifier = add_preprocessing(network, train_images)
+    # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
+    steps = settings["epochs"] * math.ceil(len(train_images) / settings["batch_size"])
+    rate = Cosine(settings["learning_rate"], 30 if settings["schedule"] == "published" else steps)
+    trainer.compile(
+        keras.optimizers.AdamW(rate, weight_decay=settings["weight_decay"], epsilon=1e-8),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"],
+    )  # fmt: skip
+    trainer.optimizer.build(trainer.trainable_variables)  # Else TensorFlow traces a step twice.
+    return network, trainer, classifier
+
+
+def use_all_devices(batch_sizes):
+    """Returns a context in which Keras makes models that spread each batch over all devices.
+
+    JAX splits a batch evenly or not at all: there, as many devices serve as divide all the sizes.
+    """
+    devices = keras.distribution.list_devices()
+    if len(devices) > 1 and keras.backend.backend() == "tensorflow":
+        return sys.modules["tensorflow"].distribute.MirroredStrategy(devices).scope()
+    even = [n for n in range(1, len(devices) + 1) if not any(size % n for size in batch_sizes)]
+    if even[-1] > 1:
+        spread = keras.distribution.DataParallel(devices=devices[: even[-1]])
+        keras.distribution.set_distribution(spread)
+    return contextlib.nullcontext()
+
+
 def train(settings, data, folder):
     """Trains one model, going on where an earlier run with the same settings was stopped.
 
@@ -486,21 +521,13 @@ def train(settings, data, folder):
     keras.utils.clear_session()
     keras.config.set_dtype_policy(settings["precision"])
     keras.utils.set_random_seed(settings["seed"])
-    sizes = {k: settings[k] for k in inspect.signature(build_model).parameters if k in settings}
-    try:
-        network = build_model(image_shape=x_train.shape[1:], num_classes=len(class_names), **sizes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    trainer, classifier = add_preprocessing(network, x_train)
+    size = settings["batch_size"]
+    with use_all_devices([size, len(x_train) % size, 500, len(test[0]) % 500]) as strategy:
+        network, trainer, classifier = compile_models(settings, x_train, len(class_names))
+    stems = [layer for layer in network.layers if isinstance(layer, ConvStem)]
+    for stem in stems if strategy else []:  # Statistics of the whole batch, as on one device.
+        stem.norm.synchronized = True
     batches = Batches(x_train, y_train, settings["batch_size"], settings["seed"])
-    # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
-    steps = 30 if settings["schedule"] == "published" else settings["epochs"] * len(batches)
-    rate, decay = Cosine(settings["learning_rate"], steps), settings["weight_decay"]
-    trainer.compile(
-        keras.optimizers.AdamW(rate, weight_decay=decay, epsilon=1e-8),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"],
-    )  # fmt: skip
-    trainer.optimizer.build(trainer.trainable_variables)  # Else TensorFlow traces a step twice.
     name = run_name(settings)
     # Checkpoints of other settings are never in the way.
     checkpoint = f".{name} {unusual(settings)}".rstrip() + ".npz"
@@ -518,7 +545,11 @@ def train(settings, data, folder):
         batches, validation_data=Batches(*test, 500), callbacks=[state], initial_epoch=done,
         epochs=settings["epochs"], shuffle=False,  # Else by a state that nothing saves.
     )  # fmt: skip
-    result = summarize(settings, network, class_names, state.history, len(x_train))
+    result = {
+        "settings": settings, "class_names": class_names,
+        "parameters": count_parameters(network), "parameters_conv_stems": count_parameters(*stems),
+        **summarize(state.history, len(x_train)), **describe_machine(), "history": state.history,
+    }  # fmt: skip
     print(f"Test accuracy after the last epoch: {100 * result['final_test_accuracy']:.2f} %")
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / f"{name}.keras", classifier.save)
@@ -536,14 +567,11 @@ def count_parameters(*parts):
     return sum(math.prod(weight.shape) for part in parts for weight in part.trainable_weights)
 
 
-def summarize(settings, network, class_names, history, num_images):
-    """Returns all that is known of a finished run: accuracies as fractions, times in seconds."""
+def summarize(history, num_images):
+    """Returns what a finished run has reached: accuracies as fractions, times in seconds."""
     best = int(np.argmax(history["test_accuracy"]))
     seconds, train_seconds = (history[k][1:] or history[k] for k in ("seconds", "train_seconds"))
-    stems = [layer for layer in network.layers if isinstance(layer, ConvStem)]
     return {
-        "settings": settings, "class_names": class_names,
-        "parameters": count_parameters(network), "parameters_conv_stems": count_parameters(*stems),
         "final_test_accuracy": history["test_accuracy"][-1],
         "final_test_loss": history["test_loss"][-1],
         "best_test_accuracy_selected_on_test": history["test_accuracy"][best],
@@ -551,9 +579,9 @@ def summarize(settings, network, class_names, history, num_images):
         "seconds_first_epoch": history["seconds"][0],
         "seconds_per_epoch": float(np.median(seconds)),
         "train_images_per_second": num_images / float(np.median(train_seconds)),
-        **describe_machine(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "history": history,
-    }  # fmt: skip
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
 
 def describe_machine():
     """Returns the names of device, backend and versions, a dict of strings."""

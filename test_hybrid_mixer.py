@@ -742,6 +742,56 @@ def test_too_little_memory_is_one_sentence_but_a_bug_is_shown_as_one(error, main
         main()
 
 
+DEVICES = """
+import json, os, pathlib, sys
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=3"
+import keras, hybrid_mixer as hm
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+    two = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(tf.config.list_physical_devices("CPU")[0], two)
+for name in ("RandomFlip", "RandomTranslation", "RandomRotation", "RandomErasing"):
+    setattr(getattr(keras.layers, name), "call", lambda self, x, training=None: x)
+hm.ColorJitter.call = lambda self, x, training=None: x
+settings = {name: default for name, (default, _, _) in hm.SETTINGS.items()}
+settings |= {"dataset": "shapes", "model": "interleaved", "seed": 3, "epochs": 3, "num_blocks": 2}
+settings |= {"batch_size": 64, "patch_size": 8, "hidden_dim": 16, "dropout": 0.0}
+made, fit = [], keras.Model.fit
+
+
+def spy(self, *args, **kwargs):
+    spread = keras.distribution.distribution()
+    strategy = getattr(self, "distribute_strategy", None)
+    one = strategy.num_replicas_in_sync if strategy else 1
+    made.append(spread.device_mesh.devices.size if spread else one)
+    return fit(self, *args, **kwargs)
+
+
+keras.Model.fit = spy
+for devices in (keras.distribution.list_devices()[:1], keras.distribution.list_devices()):
+    keras.distribution.list_devices = lambda: devices
+    folder = pathlib.Path(sys.argv[1], str(len(devices)))
+    folder.mkdir()
+    hm.train(settings, hm.draw_shapes(200, 40), folder)
+print(json.dumps(made))
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_two_devices_train_as_one_does(backend, tmp_path):
+    done = run_python("-c", DEVICES, tmp_path, backend=backend)
+    assert done.returncode == 0, done.stderr
+    # Batches of 64, 8 and 40 can't be split evenly over the third device that JAX has here.
+    assert json.loads(done.stdout.splitlines()[-1]) == [1, 2]
+    one, several = (histories(folder) for folder in sorted(tmp_path.iterdir()))
+    one, several = (h["shapes-interleaved-seed3.json"] for h in (one, several))
+    for name in one:
+        np.testing.assert_allclose(several[name], one[name], rtol=1e-4)
+    assert len(set(one["train_loss"])) == 3
+    keras.saving.load_model(max(tmp_path.iterdir()) / "shapes-interleaved-seed3.keras")
+
+
 def test_bad_input_is_one_sentence_and_status_1(tmp_path):
     """Through the command itself: what absl refuses, what main refuses, what comes in training."""
     for arguments, words in (
