@@ -455,6 +455,7 @@ class EpochState(keras.callbacks.Callback):
             "test_loss": logs["val_loss"], "test_accuracy": logs["val_accuracy"],
             "train_seconds": self.train_seconds, "seconds": time.perf_counter() - self.begun,
         }  # fmt: skip
+        self.on_train_batch_end(epoch, {"loss": row["test_loss"]})
         for name, value in row.items():
             self.history.setdefault(name, []).append(float(value))
         write_atomically(self.path, self.save)
