@@ -468,6 +468,11 @@ def write_atomically(path, write):
     os.replace(partial, path)
 
 
+def run_name(settings):
+    """Returns what the names of a run's files begin with."""
+    return "{dataset}-{model}-seed{seed}".format(**settings).replace("/", "_")
+
+
 def unusual(settings):
     """Returns the settings that aren't the defaults, as a string."""
     return ", ".join(f"{k} {settings[k]}" for k, v in SETTINGS.items() if settings[k] != v[0])
@@ -528,11 +533,9 @@ def train(settings, data, folder):
     stems = [layer for layer in network.layers if isinstance(layer, ConvStem)]
     for stem in stems if strategy else []:  # Statistics of the whole batch, as on one device.
         stem.norm.synchronized = True
-    batches = Batches(x_train, y_train, settings["batch_size"], settings["seed"])
-    name = run_name(settings)
-    # Checkpoints of other settings are never in the way.
-    checkpoint = f".{name} {unusual(settings)}".rstrip() + ".npz"
-    state = EpochState(batches, folder / checkpoint)
+    batches = Batches(x_train, y_train, size, settings["seed"])
+    name, changed = run_name(settings), unusual(settings)  # Both name the checkpoint, so that
+    state = EpochState(batches, folder / f".{name} {changed or 'defaults'}.npz")  # none misleads.
     try:
         done = state.restore(trainer)
     except Exception as error:
@@ -557,10 +560,6 @@ def train(settings, data, folder):
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
     state.path.unlink()
     return result
-
-
-def run_name(settings):
-    return "{dataset}-{model}-seed{seed}".format(**settings).replace("/", "_")
 
 
 def count_parameters(*parts):
@@ -639,7 +638,7 @@ def mean_std(values, sign=""):
 def format_gain(groups, key):
     """Formats the points of accuracy gained over `mixer` by the seeds that both have run."""
     base = groups.get((*key[:2], "mixer"), {}) if key[2] != "mixer" else {}
-    both = groups[key].keys() & base.keys()
+    both = sorted(groups[key].keys() & base.keys())
     return mean_std([groups[key][s]["accuracy"] - base[s]["accuracy"] for s in both], "+")
 
 
@@ -679,7 +678,8 @@ def plot_curves(groups, names, authors, path):
             theirs = authors.get(f"{dataset}/{model}", {}).get(name, [])
             axis.plot(range(1, len(theirs) + 1), theirs, ".", color=color,
                       label=f"{model}, the authors" if theirs else None)  # fmt: skip
-        axis.set(title=f"{dataset}, {name.replace('_', ' ')}", xlabel="epoch")
+        unit = "cross-entropy" if name.endswith("loss") else "fraction of the images"
+        axis.set(title=f"{dataset}, {name.replace('_', ' ')}", xlabel="epoch", ylabel=unit)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=120)
 
@@ -769,8 +769,8 @@ def is_done(settings, path):
     if not path.exists():
         return False
     try:
-        old = json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError) as error:
+        old = dict(json.loads(path.read_text())["settings"])
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): move it, or --overwrite it.") from error
     differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
     if differ:
@@ -811,7 +811,8 @@ def main(argv):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # Fails now rather than after hours.
             sweep(values, folder)
-        return print(report(folder))
+        print(report(folder))
+        return
     except UserError as error:
         problem = str(error)
     except OSError as error:
