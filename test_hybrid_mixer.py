@@ -188,7 +188,8 @@ def test_kernels_and_biases_start_uniform_by_fan_in():
         if weight.name == "kernel":
             bound = 1 / math.sqrt(9 if "depthwise" in weight.path else math.prod(value.shape[:-1]))
         if weight.name in ("kernel", "bias"):  # A layer's bias follows its kernel.
-            assert 0.75 * bound < np.abs(value).max() <= bound, weight.path
+            least = 0.98 if weight.name == "kernel" else 0.75  # A bias has few values.
+            assert least * bound < np.abs(value).max() <= bound, weight.path
             few = 0.05 if value.size > 1000 else 1.5 / math.sqrt(value.size)
             assert value.std() == pytest.approx(bound / math.sqrt(3), rel=few), weight.path
             seen.append(value.ravel()[:10].tobytes())
@@ -278,7 +279,6 @@ def test_dropout_keeps_the_rate_and_the_mean(rate):
 # --------------------------------------------------------------------- copied, saved, loaded
 
 STANDALONE = """
-import hypothesis
 import keras
 from keras import layers, ops
 
@@ -650,6 +650,14 @@ def whole(request, tmp_path_factory):
     return request.param, histories(folder)
 
 
+def kill_after_an_epoch(folder, backend):
+    """Starts TRAIN in `folder` and kills it once it has written a checkpoint."""
+    process = start_python("-c", TRAIN, folder, backend=backend)
+    wait_for(lambda: list(folder.glob(".shapes*.npz")), process)
+    process.kill()
+    process.wait()
+
+
 def assert_goes_on(folder, whole):
     """Runs TRAIN again in `folder`: it has to end as if nothing had stopped it."""
     done = run_python("-c", TRAIN, folder, backend=whole[0])
@@ -662,10 +670,7 @@ def assert_goes_on(folder, whole):
 
 
 def test_a_killed_run_ends_as_one_that_was_never_stopped(whole, tmp_path):
-    process = start_python("-c", TRAIN, tmp_path, backend=whole[0])
-    wait_for(lambda: list(tmp_path.glob(".shapes*.npz")), process)
-    process.kill()
-    process.wait()
+    kill_after_an_epoch(tmp_path, whole[0])
     assert not list(tmp_path.glob("*.json")), "the run ended before it could be killed"
     done = assert_goes_on(tmp_path, whole)
     assert any(f" {n} epochs done before" in done.stdout for n in range(1, 12))
@@ -694,10 +699,7 @@ def test_a_kill_at_any_moment_leaves_no_half_file_and_loses_nothing(kill, whole,
 def test_a_damaged_checkpoint_is_set_aside_and_named(whole, tmp_path):
     if whole[0] != "tensorflow":
         pytest.skip("The files are the same on every backend")
-    process = start_python("-c", TRAIN, tmp_path)
-    wait_for(lambda: list(tmp_path.glob(".shapes*.npz")), process)
-    process.kill()
-    process.wait()
+    kill_after_an_epoch(tmp_path, whole[0])
     (checkpoint,) = tmp_path.glob(".shapes*.npz")
     damaged = checkpoint.read_bytes()[: checkpoint.stat().st_size // 2]
     checkpoint.write_bytes(damaged)
