@@ -23,6 +23,7 @@ import platform
 import sys
 import tempfile
 import time
+import timeit
 
 import numpy as np
 from absl import app, flags, logging
@@ -486,15 +487,24 @@ def compile_models(settings, train_images, num_classes):
     except ValueError as error:
         raise UserError(str(error)) from error
     trainer, classifier = add_preprocessing(network, train_images)
-    # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
-    steps = settings["epochs"] * math.ceil(len(train_images) / settings["batch_size"])
-    rate = Cosine(settings["learning_rate"], 30 if settings["schedule"] == "published" else steps)
-    trainer.compile(
-        keras.optimizers.AdamW(rate, weight_decay=settings["weight_decay"], epsilon=1e-8),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"],
-    )  # fmt: skip
-    trainer.optimizer.build(trainer.trainable_variables)  # Else TensorFlow traces a step twice.
+    compile_model(trainer, settings, math.ceil(len(train_images) / settings["batch_size"]))
     return network, trainer, classifier
+
+
+def compile_model(model, settings, steps_per_epoch):
+    """Makes a model ready for training as `settings` say, with all variables that this takes."""
+    # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
+    published = settings["schedule"] == "published"
+    half_period = 30 if published else settings["epochs"] * steps_per_epoch
+    rate = Cosine(settings["learning_rate"], half_period)
+    model.compile(
+        keras.optimizers.AdamW(rate, weight_decay=settings["weight_decay"], epsilon=1e-8),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        # Named as "accuracy", it would make its variables in the first step, and TensorFlow
+        # traces a step that makes variables twice.
+        metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],
+    )
+    model.optimizer.build(model.trainable_variables)
 
 
 def use_all_devices(batch_sizes):
@@ -648,7 +658,7 @@ def make_table(groups):
         "data set|model|settings|parameters|test accuracy, %|gain over mixer, points|seeds|best "
         "epoch's, selected on test, %|paper, %|seconds an epoch|hardware|backend"
     ).split("|")
-    rows = [head, ["---"] * len(head)]
+    rows = []
     for key, seeds in groups.items():
         (dataset, changed, model), runs = key, list(seeds.values())
         rows.append([
@@ -660,7 +670,13 @@ def make_table(groups):
             f"{np.median([run['seconds_per_epoch'] for run in runs]):.3g}",
             *("; ".join(sorted({run[k] for run in runs})) for k in ("device", "backend")),
         ])  # fmt: skip
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return format_table([head, *rows])
+
+
+def format_table(rows):
+    """Returns rows of strings as Markdown, the first of them as the head."""
+    lines = [" | ".join(row) for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def plot_curves(groups, names, authors, path):
@@ -724,6 +740,158 @@ def report(folder):
     return table
 
 
+# --------------------------------------------------------------------------------- benchmark
+def count_macs(network):
+    """Returns the multiply-accumulates that a network of `build_model` spends on one image."""
+    macs = 0
+    for layer in network.layers:
+        *places, channels = layer.output.shape[1:]
+        kernels = [math.prod(w.shape) for w in layer.trainable_weights if len(w.shape) > 1]
+        # A weight serves once at each place, in the MLP across tokens once for each channel.
+        uses = [channels] * 2 * isinstance(layer, MixerBlock) + [math.prod(places)] * 2
+        macs += sum(map(math.prod, zip(kernels, uses)))
+    return macs
+
+
+def time_fit(model, batches):
+    """Returns the seconds that each step of `fit` took, all but the first four."""
+    marks = []
+    watch = keras.callbacks.LambdaCallback(  # Reading the loss waits for the step.
+        on_train_batch_end=lambda _, logs: marks.append(0 * logs["loss"] + time.perf_counter())
+    )
+    model.fit(batches, verbose=0, shuffle=False, callbacks=[watch])
+    return np.diff(marks[3:])
+
+
+def time_products(settings, num_tokens):
+    """Returns the seconds that the dense layers' matrix products of a step take by themselves."""
+    size, channels = settings["batch_size"], settings["hidden_dim"]
+    tokens_mlp = (size * channels, num_tokens, settings["tokens_mlp_dim"])
+    channels_mlp = (size * num_tokens, channels, settings["channels_mlp_dim"])
+    dtype, products = settings["precision"].removeprefix("mixed_"), []
+    for n, a, b in (tokens_mlp, channels_mlp):  # Forwards and backwards, each twice in a block.
+        for shape in ((n, a, b), (n, b, a), (a, n, b)):
+            products.append((ops.ones(shape[:2], dtype), ops.ones(shape[1:], dtype)))
+
+    def multiply():
+        for product in [ops.matmul(*factors) for factors in products]:
+            float(product[0, 0])  # Waits for it.
+
+    seconds = timeit.repeat(multiply, number=1, repeat=8)
+    return 2 * settings["num_blocks"] * np.array(seconds)
+
+
+def make_measures(settings, data):
+    """Returns a model's facts, and its measures: functions that return the seconds of each call."""
+    (images, labels), _, class_names = data
+    network, trainer, classifier = compile_models(settings, images, len(class_names))
+    compile_model(network, settings, len(images))
+    size = settings["batch_size"]
+    images, labels = (np.resize(x, (12 * size, *x.shape[1:])) for x in (images, labels))
+    ready = Batches(images.astype("float32") / 255, labels, size)
+
+    def time_inference(count, times):
+        call = functools.partial(classifier.predict_on_batch, images[:count])
+        return timeit.repeat(call, number=1, repeat=times)
+
+    facts = {"parameters": count_parameters(network), "macs_per_image": count_macs(network)}
+    return facts, {
+        "training": lambda: time_fit(trainer, Batches(images, labels, size)),
+        "step_without_input": lambda: time_fit(network, ready),
+        "inference_of_batch": lambda: time_inference(size, 5),
+        "inference_of_one": lambda: time_inference(1, 20),
+    }
+
+
+def measure_scaling(settings, data):
+    """Returns `{flag: [[factor, seconds of a step], ...]}` for half and double the default size."""
+    scaling = {}
+    for flag, factor in itertools.product(("num_blocks", "hidden_dim", "patch_size"), (0.5, 1, 2)):
+        with contextlib.suppress(UserError):  # Not every size fits the images.
+            _, measures = make_measures({**settings, flag: int(settings[flag] * factor)}, data)
+            seconds = float(np.median(measures["step_without_input"]()))
+            scaling.setdefault(flag, []).append([factor, seconds])
+    return scaling
+
+
+def plot_scaling(scaling, title, path):
+    """Draws the seconds of a step over blocks, width and tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for (flag, points), style in zip(scaling.items(), ("o-", "s--", "^-.")):
+        factors, seconds = np.array(points).T
+        if flag == "patch_size":
+            flag, factors = "number of tokens", factors**-2.0
+        axis.plot(factors, seconds, style, label=flag)
+    axis.set(xscale="log", yscale="log", xlabel="times the default", ylabel="seconds a step",
+             title=title)  # fmt: skip
+    axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def peak_memory():
+    """Returns the most bytes that this process has held: of its GPU, or without one of memory."""
+    library = sys.modules[keras.backend.backend()]
+    if "gpu" not in str(keras.distribution.list_devices()).lower():
+        import resource
+
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if keras.backend.backend() == "jax":
+        return library.devices()[0].memory_stats()["peak_bytes_in_use"]
+    return library.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
+def summarize_rounds(rounds, name):
+    """Returns what a model's measures came to, in milliseconds and as ratios to `mixer`."""
+    row = {}
+    for key in rounds[0][name]:
+        seconds, base = (np.array([r[n][key] for r in rounds]) for n in (name, "mixer"))
+        row[f"{key}_ms"] = 1000 * float(np.median(seconds))
+        row[f"{key}_ms_95th_percentile"] = 1000 * float(np.percentile(seconds, 95))
+        ratios = np.median(seconds, axis=1) / np.median(base, axis=1)
+        row[f"{key}_over_mixer"] = float(np.median(ratios))
+    return row
+
+
+def benchmark(values, folder, num_rounds=10):
+    """Measures the models in turn, round by round since machines drift; returns a table.
+
+    Writes benchmark-{device}.json and, beside it, the table and a plot of how a step scales.
+    """
+    settings = {**{name: values[name] for name in SETTINGS}, "dataset": values["dataset"][0]}
+    keras.config.set_dtype_policy(settings["precision"])
+    data, models, rounds, products = load_data(settings["dataset"], values["data_dir"]), {}, [], []
+    for name in dict.fromkeys(["mixer", *values["model"]]):
+        models[name] = make_measures({**settings, "model": name}, data)
+    num_tokens = data[0][0][0, ..., 0].size // settings["patch_size"] ** 2
+    for _ in range(1 + num_rounds):  # The first round, which compiles, isn't counted.
+        products.append(time_products(settings, num_tokens))
+        rounds.append({n: {key: call() for key, call in m.items()} for n, (_, m) in models.items()})
+    seconds = float(np.median(products[1:]))
+    result = {
+        "settings": settings, **describe_machine(), "rounds": num_rounds,
+        "matrix_products_ms": 1000 * seconds, "peak_memory_gigabytes": peak_memory() / 1e9,
+        "models": {n: facts | summarize_rounds(rounds[1:], n) for n, (facts, _) in models.items()},
+        "scaling": measure_scaling({**settings, "model": "mixer"}, data),
+    }  # fmt: skip
+    for row in result["models"].values():
+        row["training_images_per_second"] = 1000 * settings["batch_size"] / row["training_ms"]
+        row["matrix_products_share_of_training"] = 1000 * seconds / row["training_ms"]
+    table = format_table([["", *models]] + [
+        [key.replace("_", " "), *(f"{row[key]:,.4g}" for row in result["models"].values())]
+        for key in row
+    ])  # fmt: skip
+    words = "".join(c if c.isalnum() else " " for c in f"{result['device']} {unusual(settings)}")
+    path = folder / f"benchmark-{'-'.join(words.lower().split())}.json"
+    write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
+    write_atomically(path.with_suffix(".md"), lambda part: part.write_text(table))
+    plot = functools.partial(plot_scaling, result["scaling"], f"mixer, {result['device']}")
+    write_atomically(path.with_suffix(".png"), plot)
+    return table
+
+
 # ---------------------------------------------------------------------------- flags and main
 SETTINGS = {  # Default, smallest value or choices, meaning; with data set, model, seed: a run.
     "epochs": (30, 1, "Passes over the train split."),
@@ -761,6 +929,7 @@ def define_flags():
     flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
     flags.DEFINE_string("output_dir", "results", "Folder of results, models, plots and table.")
     flags.DEFINE_boolean("overwrite", False, "Run what has a result already, replacing it.")
+    flags.DEFINE_boolean("benchmark", False, "Train nothing; measure speed and memory.")
     flags.DEFINE_boolean("plot", False, "Train nothing; draw plots and table of the results.")
 
 
@@ -810,6 +979,10 @@ def main(argv):
         if not values["plot"]:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # Fails now rather than after hours.
+        if values["benchmark"]:
+            print(benchmark(values, folder))
+            return
+        if not values["plot"]:
             sweep(values, folder)
         print(report(folder))
         return

@@ -911,6 +911,62 @@ def test_short_run_on_real_cifar_learns(tmp_path):
     assert "82.27" in (tmp_path / "table.md").read_text()
 
 
+# -------------------------------------------------------------------------------- benchmark
+
+
+@pytest.mark.parametrize("name, convolutions", [("mixer", 0), ("hybrid", 1), ("interleaved", 5)])
+def test_multiply_accumulates_are_those_counted_by_hand(name, convolutions):
+    embedding, head = 64 * (4 * 4 * 3) * 128, 128 * 10
+    token_mlp, channel_mlp = 128 * (2 * 64 * 64), 64 * (2 * 128 * 256)
+    stem = 64 * (3 * 3 * 128 + 128 * 128)
+    by_hand = embedding + 8 * (token_mlp + channel_mlp) + convolutions * stem + head
+    assert hm.count_macs(hm.build_model(name)) == by_hand
+    assert name != "mixer" or by_hand == 42_337_536
+
+
+def test_multiply_accumulates_tell_tokens_from_channels():
+    model = hm.build_model("interleaved", (12, 8, 1), 5, 4, 7, 2, 3, 11)  # 3 x 2 tokens of 7
+    block = 7 * (6 * 3 + 3 * 6) + 6 * (7 * 11 + 11 * 7)
+    stem = 6 * (3 * 3 * 7 + 7 * 7)
+    assert hm.count_macs(model) == 6 * 16 * 7 + 2 * block + 2 * stem + 7 * 5
+
+
+def test_rounds_are_paired_and_their_medians_taken():
+    slow, fast = [0.004] * 5 + [0.4], [0.001] * 6
+    rounds = [  # The second round's machine is ten times slower, for both.
+        {"mixer": {"step": np.array(fast) * k}, "hybrid": {"step": np.array(slow) * k}}
+        for k in (1, 10, 1)
+    ]
+    row = hm.summarize_rounds(rounds, "hybrid")
+    assert row["step_over_mixer"] == pytest.approx(4)
+    assert row["step_ms"] == pytest.approx(4)
+    seconds = np.concatenate([r["hybrid"]["step"] for r in rounds])
+    assert (1000 * seconds <= row["step_ms_95th_percentile"]).mean() == pytest.approx(17 / 18)
+
+
+def test_benchmark_measures_every_model_against_mixer(tmp_path):
+    small = ["--dataset", "shapes", "--batch_size", "32", "--output_dir", tmp_path, *TINY]
+    done = run_script("--benchmark", "--model", "hybrid", *small)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("benchmark-*.json")
+    result = json.loads(path.read_text())
+    assert list(result["models"]) == ["mixer", "hybrid"]
+    assert path.with_suffix(".md").read_text() in done.stdout
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    for name, row in result["models"].items():
+        for measure in ("training", "step_without_input", "inference_of_batch", "inference_of_one"):
+            assert 0 < row[f"{measure}_ms"] <= row[f"{measure}_ms_95th_percentile"]
+            assert name != "mixer" or row[f"{measure}_over_mixer"] == 1
+        assert row["training_images_per_second"] * row["training_ms"] == pytest.approx(32_000)
+        share = result["matrix_products_ms"] / row["training_ms"]
+        assert row["matrix_products_share_of_training"] == pytest.approx(share)
+    assert {k: [x for x, _ in v] for k, v in result["scaling"].items()} == {
+        name: [0.5, 1, 2] for name in ("num_blocks", "hidden_dim", "patch_size")
+    }
+    assert 0.1 < result["peak_memory_gigabytes"] < 100
+    assert not list(tmp_path.glob("*seed*"))
+
+
 # ---------------------------------------------------------------------------------- results
 
 
