@@ -22,8 +22,10 @@ import pathlib
 import platform
 import sys
 import tempfile
+import threading
 import time
 import timeit
+import zlib
 
 import numpy as np
 from absl import app, flags, logging
@@ -244,18 +246,22 @@ class UserError(ValueError):
     """One sentence for whoever gave the command: what is wrong and what to do."""
 
 
-def load_data(name, data_dir=None):
-    """Loads an image-classification data set into memory.
+def load_data(name, data_dir=None, image_size=0):
+    """Loads an image-classification data set, into memory if it has less than `IN_MEMORY` bytes.
 
     Args:
         name: `"cifar10"`, `"cifar100"`, `"shapes"` (see `draw_shapes`) or another data set of
-            tensorflow-datasets whose images, grey or in colour, all have one size.
+            tensorflow-datasets with labelled images, grey or in colour.
         data_dir: folder of tensorflow-datasets; `None` for its default.
+        image_size: height and width in pixels that images are resized to; 0 leaves them.
 
     Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height, width,
-    channels)`, int labels `(n,)`, a list of strings. Raises `UserError` if it can't.
+    channels)`, int labels `(n,)`, a list of strings; where memory doesn't hold them, a `Stream` in
+    place of the images and `None` of the labels. Raises `UserError` if it can't.
     """
     if name == "shapes":
+        if image_size not in (0, 32):
+            raise UserError("The shapes are drawn 32 pixels wide: leave out --image_size.")
         return draw_shapes()
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
@@ -274,15 +280,78 @@ def load_data(name, data_dir=None):
         ) from error
     info, kinds = builder.info, [tfds.features.Image, tfds.features.ClassLabel]
     features = [info.features[key] for key in info.supervised_keys or ()]
-    if [type(f) for f in features] != kinds or None in features[0].shape:
-        raise UserError(f"Data set {name!r} isn't of labelled images of one size: try another.")
-    if not all(s in info.splits and info.splits[s].num_examples for s in ("train", "test")):
-        raise UserError(f"Data set {name!r} lacks train or test images: try another.")
-    splits = (builder.as_dataset(s, batch_size=-1, as_supervised=True) for s in ("train", "test"))
-    train, test = map(tfds.as_numpy, splits)
-    if min(train[1].min(), test[1].min()) < 0:
-        raise UserError(f"Data set {name!r} has images without a label: try another.")
-    return train, test, features[1].names
+    if [type(f) for f in features] != kinds:
+        raise UserError(f"Data set {name!r} isn't of labelled images: try another.")
+    if None in features[0].shape and not image_size:
+        raise UserError(f"Data set {name!r} has images of several sizes: give an --image_size.")
+    streams = {
+        split: Stream(builder, split, image_size)
+        for split in ("train", "test", "validation")
+        if split in info.splits and info.splits[split].num_examples
+    }
+    # Some data sets keep the labels of their test split to themselves.
+    splits = [split for split, stream in streams.items() if stream.labelled]
+    if "train" not in splits or len(splits) < 2:
+        raise UserError(f"Data set {name!r} lacks train or test images with labels: try another.")
+    chosen = [streams[split] for split in splits[:2]]
+    if sum(math.prod(stream.shape) for stream in chosen) > IN_MEMORY:
+        return *((stream, None) for stream in chosen), features[1].names
+    return *(next(stream.open(len(stream))) for stream in chosen), features[1].names
+
+
+IN_MEMORY = 2**32  # Larger data sets are read from their files in every epoch.
+
+
+class Stream:
+    """A split of tensorflow-datasets that is read through tf.data; has an array's length and shape.
+
+    Args:
+        builder: the `tfds.core.DatasetBuilder`, prepared.
+        split: name of the split.
+        image_size: height and width in pixels that images are resized to; 0 leaves them.
+    """
+
+    def __init__(self, builder, split, image_size):
+        self.builder, self.split, self.image_size = builder, split, image_size
+        self.lock, self.opened = threading.Lock(), None
+        images, labels = next(self.open(1))
+        self.labelled = labels[0] >= 0
+        self.shape = (builder.info.splits[split].num_examples, *images.shape[1:])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def open(self, batch_size, seed=None):
+        """Returns an iterator over batches, always in the same order for the same seed."""
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+
+        def resize(image, label):
+            image = tf.image.resize(image, [self.image_size] * 2, antialias=True)
+            return tf.cast(tf.round(image), "uint8"), label
+
+        config = tfds.ReadConfig(shuffle_seed=seed, try_autocache=False)
+        config.options.deterministic = True
+        data = self.builder.as_dataset(
+            self.split, as_supervised=True, shuffle_files=seed is not None, read_config=config
+        )
+        if self.image_size:
+            data = data.map(resize, num_parallel_calls=tf.data.AUTOTUNE)
+        if seed is not None:
+            data = data.shuffle(max(1, IN_MEMORY // 16 // math.prod(self.shape[1:])), seed)
+        return data.batch(batch_size).prefetch(1).as_numpy_iterator()
+
+    def read(self, index, batch_size, seed):
+        """Returns one batch; cheap only nearly in order, as the threads of `fit` ask for them."""
+        with self.lock:
+            passed = self.opened == (batch_size, seed) and self.position > index
+            if self.opened != (batch_size, seed) or passed and index not in self.ready:
+                self.opened, self.position, self.ready = (batch_size, seed), 0, {}
+                self.iterator = self.open(batch_size, seed)
+            while self.position <= index:
+                self.ready[self.position] = next(self.iterator)
+                self.position += 1
+            return self.ready.pop(index)
 
 
 def draw_shapes(num_train=5000, num_test=1000, seed=0):
@@ -368,6 +437,8 @@ def add_preprocessing(network, train_images):
         layers.RandomRotation(15 / 360, **nearest),
         *([ColorJitter(dtype="float32")] if channels == 3 else []),
     ]
+    for layer in augmentation:  # Keras says that two of them can't be compiled; on JAX they can,
+        layer.supports_jit = keras.backend.backend() == "jax"  # else it runs each operation alone.
     pixels = keras.Input(shape, name="pixels")
     classifier = keras.Model(pixels, network(normalize(pixels)), name=network.name)
     x = pixels = keras.Input(shape, dtype="uint8", name="pixels")
@@ -378,24 +449,34 @@ def add_preprocessing(network, train_images):
 
 # ---------------------------------------------------------------------------------- training
 class Batches(keras.utils.PyDataset):
-    """Batches of images and labels, in an order that only seed and epoch decide."""
+    """Batches of images and labels, in an order that only seed and epoch decide.
+
+    Of several processes, each gets its part of every batch.
+    """
 
     def __init__(self, images, labels, batch_size, seed=None):
         # On TensorFlow, one worker means tf.data with automatic tuning, which can hang for as long
         # as an epoch at its end; on JAX, two would repeat batches of the epoch before.
         super().__init__(workers=2 if keras.backend.backend() == "tensorflow" else 1)
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
-        self.order = np.arange(len(images))
+        self.order, self.stream_seed = np.arange(len(images)), None
 
     def shuffle(self, epoch):
-        self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+        rng = np.random.default_rng([self.seed, epoch])
+        self.order, self.stream_seed = rng.permutation(len(self.images)), int(rng.integers(2**31))
 
     def __len__(self):
         return math.ceil(len(self.images) / self.batch_size)
 
     def __getitem__(self, index):
-        part = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        return self.images[part], self.labels[part]
+        if isinstance(self.images, Stream):
+            images, labels = self.images.read(index, self.batch_size, self.stream_seed)
+        else:
+            part = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+            images, labels = self.images[part], self.labels[part]
+        number, count = find_process()
+        mine = slice(len(labels) * number // count, len(labels) * (number + 1) // count)
+        return images[mine], labels[mine]
 
 
 class Cosine(keras.optimizers.schedules.LearningRateSchedule):
@@ -463,7 +544,12 @@ class EpochState(keras.callbacks.Callback):
 
 
 def write_atomically(path, write):
-    """Calls `write` with a name beside `path`, then moves what it wrote to `path`."""
+    """Calls `write` with a name beside `path`, then moves what it wrote to `path`.
+
+    Of several processes, only the first one writes.
+    """
+    if find_process()[0] > 0:
+        return
     partial = path.with_name(f".partial-{path.name}")
     write(partial)
     os.replace(partial, path)
@@ -481,13 +567,16 @@ def unusual(settings):
 
 def compile_models(settings, train_images, num_classes):
     """Returns `(network, trainer, classifier)` as `settings` say, the trainer ready for `fit`."""
+    steps_per_epoch = math.ceil(len(train_images) / settings["batch_size"])
+    if isinstance(train_images, Stream):  # Some give mean and deviation well enough.
+        train_images = next(train_images.open(1000, seed=0))[0]
     sizes = {k: settings[k] for k in inspect.signature(build_model).parameters if k in settings}
     try:
         network = build_model(image_shape=train_images.shape[1:], num_classes=num_classes, **sizes)
     except ValueError as error:
         raise UserError(str(error)) from error
     trainer, classifier = add_preprocessing(network, train_images)
-    compile_model(trainer, settings, math.ceil(len(train_images) / settings["batch_size"]))
+    compile_model(trainer, settings, steps_per_epoch)
     return network, trainer, classifier
 
 
@@ -503,21 +592,63 @@ def compile_model(model, settings, steps_per_epoch):
         # Named as "accuracy", it would make its variables in the first step, and TensorFlow
         # traces a step that makes variables twice.
         metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],
+        jit_compile=keras.backend.backend() == "jax",  # TensorFlow's graph is faster on a CPU.
     )
     model.optimizer.build(model.trainable_variables)
+
+
+def join_processes():
+    """Joins the processes on several machines that Keras's own environment variables describe."""
+    several = any(name.startswith("KERAS_DISTRIBUTION_") for name in os.environ)
+    if keras.backend.backend() != "jax" and (several or "TF_CONFIG" in os.environ):
+        raise UserError(
+            "TF_CONFIG or KERAS_DISTRIBUTION_* is set, but Keras trains on several machines with "
+            "JAX alone: unset it, or set KERAS_BACKEND=jax."
+        )
+    try:
+        if several:
+            keras.distribution.initialize()
+    except Exception as error:
+        raise UserError(
+            f"The machines can't be joined ({error}): start them within five minutes of each "
+            "other, as README.md says."
+        ) from error
+
+
+def find_process():
+    """Returns the number of this process and how many there are, `(0, 1)` on one machine."""
+    jax = sys.modules["jax"] if keras.backend.backend() == "jax" else None
+    return (jax.process_index(), jax.process_count()) if jax else (0, 1)
+
+
+def check_processes_agree(*values):
+    """Raises UserError unless all processes give the same values."""
+    if find_process()[1] > 1:
+        from jax.experimental import multihost_utils
+
+        number = np.array([zlib.crc32(repr(values).encode())])
+        if len(set(multihost_utils.process_allgather(number).flat)) > 1:
+            raise UserError("The machines were given different commands or folders: give all of "
+                            "them the same, with an --output_dir that they share.")  # fmt: skip
 
 
 def use_all_devices(batch_sizes):
     """Returns a context in which Keras makes models that spread each batch over all devices.
 
-    JAX splits a batch evenly or not at all: there, as many devices serve as divide all the sizes.
+    JAX splits a batch evenly or not at all: as many devices of each machine serve as divide all
+    the sizes.
     """
-    devices = keras.distribution.list_devices()
+    devices, count = keras.distribution.list_devices(), find_process()[1]
     if len(devices) > 1 and keras.backend.backend() == "tensorflow":
         return sys.modules["tensorflow"].distribute.MirroredStrategy(devices).scope()
-    even = [n for n in range(1, len(devices) + 1) if not any(size % n for size in batch_sizes)]
-    if even[-1] > 1:
-        spread = keras.distribution.DataParallel(devices=devices[: even[-1]])
+    each = len(devices) // count
+    even = [n for n in range(1, each + 1) if not any(size % (n * count) for size in batch_sizes)]
+    if not even:
+        raise UserError(f"{count} machines can't split batches of {batch_sizes} images evenly: "
+                        "use fewer, or another --batch_size.")  # fmt: skip
+    if even[-1] * count > 1:
+        devices = [device for i, device in enumerate(devices) if i % each < even[-1]]
+        spread = keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
         keras.distribution.set_distribution(spread)
     return contextlib.nullcontext()
 
@@ -543,21 +674,25 @@ def train(settings, data, folder):
     stems = [layer for layer in network.layers if isinstance(layer, ConvStem)]
     for stem in stems if strategy else []:  # Statistics of the whole batch, as on one device.
         stem.norm.synchronized = True
-    batches = Batches(x_train, y_train, size, settings["seed"])
+    batches, is_first = Batches(x_train, y_train, size, settings["seed"]), find_process()[0] == 0
     name, changed = run_name(settings), unusual(settings)  # Both name the checkpoint, so that
     state = EpochState(batches, folder / f".{name} {changed or 'defaults'}.npz")  # none misleads.
+    check_processes_agree(settings, state.path.exists() and zlib.crc32(state.path.read_bytes()))
     try:
         done = state.restore(trainer)
     except Exception as error:
         aside = state.path.with_name(state.path.name.lstrip(".") + ".damaged")
-        state.path.replace(aside)
+        if is_first:
+            state.path.replace(aside)
+        check_processes_agree("The damaged checkpoint is out of the way.")
         print(f"A damaged checkpoint is now {aside}, its run starts anew: {error}", file=sys.stderr)
         return train(settings, data, folder)
     parameters = f"{count_parameters(network):,} trainable parameters"
     print(f"{name.replace('-', ', ')}: {parameters}, {done} epochs done before")
     trainer.fit(
         batches, validation_data=Batches(*test, 500), callbacks=[state], initial_epoch=done,
-        epochs=settings["epochs"], shuffle=False,  # Else by a state that nothing saves.
+        epochs=settings["epochs"], verbose="auto" if is_first else 0,
+        shuffle=False,  # Else by a state that nothing saves.
     )  # fmt: skip
     result = {
         "settings": settings, "class_names": class_names,
@@ -568,7 +703,8 @@ def train(settings, data, folder):
     text = json.dumps(result, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / f"{name}.keras", classifier.save)
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
-    state.path.unlink()
+    if is_first:
+        state.path.unlink()
     return result
 
 
@@ -607,8 +743,10 @@ def describe_machine():
     elif gpus:
         gpu = library.config.list_physical_devices("GPU")[0]
         name = library.config.experimental.get_device_details(gpu).get("device_name", "GPU")
+    count = find_process()[1]
+    name = f"{gpus} x {name}" if gpus else f"{name}, {os.cpu_count()} CPU cores"
     return {
-        "device": f"{gpus} x {name}" if gpus else f"{name}, {os.cpu_count()} CPU cores",
+        "device": f"{count} machines: {name}" if count > 1 else name,
         "backend": f"{backend} {library.__version__}", "keras": keras.__version__,
         "python": platform.python_version(),
     }  # fmt: skip
@@ -631,7 +769,8 @@ def load_groups(folder):
     for path in sorted(folder.glob("*-seed*.json")):
         try:
             run = json.loads(path.read_text())
-            settings, run["accuracy"] = run["settings"], 100 * run["final_test_accuracy"]
+            settings = run["settings"] = {**DEFAULTS, **run["settings"]}
+            run["accuracy"] = 100 * run["final_test_accuracy"]
             key = (settings["dataset"], unusual(settings), names.index(settings["model"]))
             groups.setdefault(key, {})[settings["seed"]] = run
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -787,6 +926,8 @@ def make_measures(settings, data):
     network, trainer, classifier = compile_models(settings, images, len(class_names))
     compile_model(network, settings, len(images))
     size = settings["batch_size"]
+    if isinstance(images, Stream):
+        images, labels = next(images.open(12 * size))
     images, labels = (np.resize(x, (12 * size, *x.shape[1:])) for x in (images, labels))
     ready = Batches(images.astype("float32") / 255, labels, size)
 
@@ -862,10 +1003,11 @@ def benchmark(values, folder, num_rounds=10):
     """
     settings = {**{name: values[name] for name in SETTINGS}, "dataset": values["dataset"][0]}
     keras.config.set_dtype_policy(settings["precision"])
-    data, models, rounds, products = load_data(settings["dataset"], values["data_dir"]), {}, [], []
+    data = load_data(settings["dataset"], values["data_dir"], values["image_size"])
+    models, rounds, products = {}, [], []
     for name in dict.fromkeys(["mixer", *values["model"]]):
         models[name] = make_measures({**settings, "model": name}, data)
-    num_tokens = data[0][0][0, ..., 0].size // settings["patch_size"] ** 2
+    num_tokens = math.prod(data[0][0].shape[1:3]) // settings["patch_size"] ** 2
     for _ in range(1 + num_rounds):  # The first round, which compiles, isn't counted.
         products.append(time_products(settings, num_tokens))
         rounds.append({n: {key: call() for key, call in m.items()} for n, (_, m) in models.items()})
@@ -906,7 +1048,9 @@ SETTINGS = {  # Default, smallest value or choices, meaning; with data set, mode
     "tokens_mlp_dim": (64, 1, "Hidden width of the MLP across tokens."),
     "channels_mlp_dim": (256, 1, "Hidden width of the MLP across channels."),
     "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
+    "image_size": (0, 0, "Height and width that images are resized to; 0 leaves them."),
 }
+DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
 LISTS = {  # Default, what is valid, meaning; every combination is a run.
     "dataset": ("cifar10", bool, "cifar10, cifar100, shapes or names of tfds"),
     "model": ("hybrid", MODELS.__contains__, ", ".join(MODELS)),
@@ -938,7 +1082,7 @@ def is_done(settings, path):
     if not path.exists():
         return False
     try:
-        old = dict(json.loads(path.read_text())["settings"])
+        old = {**DEFAULTS, **json.loads(path.read_text())["settings"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): move it, or --overwrite it.") from error
     differ = [f"{k} {old.get(k)} there, {v} here" for k, v in settings.items() if old.get(k) != v]
@@ -961,11 +1105,13 @@ def sweep(values, folder):
     ]
     if not values["overwrite"]:
         runs = [run for run in runs if not is_done(run, folder / f"{run_name(run)}.json")]
+    check_processes_agree(runs)
     for dataset, group in itertools.groupby(runs, lambda settings: settings["dataset"]):
-        data = load_data(dataset, values["data_dir"])
+        data = load_data(dataset, values["data_dir"], values["image_size"])
         for settings in group:
             train(settings, data, folder)
-            report(folder)
+            if find_process()[0] == 0:
+                report(folder)
 
 
 def main(argv):
@@ -976,6 +1122,7 @@ def main(argv):
     try:
         if argv[1:]:
             raise UserError(f"{argv[1]!r} is no flag: see --help.")
+        join_processes()
         if not values["plot"]:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # Fails now rather than after hours.
@@ -984,7 +1131,8 @@ def main(argv):
             return
         if not values["plot"]:
             sweep(values, folder)
-        print(report(folder))
+        if find_process()[0] == 0:
+            print(report(folder))
         return
     except UserError as error:
         problem = str(error)
@@ -993,6 +1141,11 @@ def main(argv):
     except KeyboardInterrupt:
         problem = "stopped; the same command goes on after the last whole epoch."
     except Exception as error:  # Each backend has its own class for this.
+        if find_process()[1] > 1:
+            problem = f"stopped, as another machine has ({error}): start all of them again"
+            print(f"hybrid_mixer.py: {problem}, each as before, to go on.", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)  # A regular end would wait for the others.
         if not any(sign in repr(error) for sign in ("OOM", "RESOURCE_EXHAUSTED", "MemoryError")):
             raise
         problem = "out of memory: try a smaller --batch_size or a smaller model."

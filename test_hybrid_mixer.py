@@ -10,12 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import hypothesis
 import keras
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from absl import flags
 from absl.testing import flagsaver
 from hypothesis import given, strategies
@@ -28,9 +30,15 @@ TINY = ["--hidden_dim", "16", "--num_blocks", "2", "--tokens_mlp_dim", "8"]
 TINY += ["--channels_mlp_dim", "16"]
 
 
-def start_python(*arguments, backend="tensorflow", cwd=HERE):
+# What one process has compiled serves the next one: half of the time of a small run.
+COMPILED = tempfile.TemporaryDirectory()
+JAX = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": COMPILED.name}
+JAX |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+
+
+def start_python(*arguments, backend="tensorflow", cwd=HERE, **variables):
     """Starts Python in a fresh process, its output to be had as text."""
-    environment = {**os.environ, "KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, **JAX, "KERAS_BACKEND": backend, **variables}
     command = [sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, cwd=cwd, **pipes)
@@ -454,8 +462,6 @@ def test_shapes_are_the_same_each_time_balanced_and_of_the_promised_form():
 
 def prepared(name):
     """Tells whether a data set can be loaded without a network."""
-    import tensorflow_datasets as tfds
-
     return tfds.builder(name).is_prepared()
 
 
@@ -492,41 +498,156 @@ def test_unreachable_data_ends_soon_and_says_what_to_do(monkeypatch, tmp_path):
         hm.load_data("mnits", str(tmp_path))
 
 
+class Tiles(tfds.core.GeneratorBasedBuilder):
+    """Dark and bright tiles, told apart by their label; `i % 3` more tells one from the next."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    shape, sizes, counts = (8, 12, 1), [(8, 12)], {"train": 60, "test": 20}
+
+    def _info(self):
+        names = {"image": tfds.features.Image(shape=self.shape)}
+        names["label"] = tfds.features.ClassLabel(names=["dark", "bright"])
+        features, keys = tfds.features.FeaturesDict(names), ("image", "label")
+        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=keys)
+
+    def _split_generators(self, dl_manager):
+        return {split: self._generate_examples(split) for split in self.counts}
+
+    def _generate_examples(self, split):
+        for i in range(self.counts[split]):
+            size = (*self.sizes[i % len(self.sizes)], self.shape[-1])
+            image = np.full(size, 40 + 170 * (i % 2) + i % 3, "uint8")
+            yield i, {"image": image, "label": -1 if split == "hidden" else i % 2}
+
+
+class TilesOfSeveralSizes(Tiles):
+    shape, sizes = (None, None, 1), [(8, 12), (30, 20), (5, 5)]
+
+
+class TilesToGuess(Tiles):
+    counts = {"train": 60, "validation": 20, "test": 10}
+
+    def _generate_examples(self, split):
+        for i, example in super()._generate_examples(split):
+            yield i, {**example, "label": -1 if split == "test" else example["label"]}
+
+
+class TilesForMemory(Tiles):
+    shape, sizes, counts = (256, 256, 3), [(256, 256)], {"train": 1500, "test": 1}
+
+
+def tiles_settings(**changes):
+    settings = {"dataset": "tiles", "model": "hybrid", "seed": 0, **hm.DEFAULTS}
+    return {**settings, "num_blocks": 1, "batch_size": 16, "epochs": 8, **changes}
+
+
 def test_other_data_sets_of_tfds_load_and_train_also_grey_ones(tmp_path):
-    import tensorflow_datasets as tfds
-
-    class Tiles(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        shape = (8, 12, 1)
-
-        def _info(self):
-            names = {"image": tfds.features.Image(shape=self.shape)}
-            names["label"] = tfds.features.ClassLabel(names=["dark", "bright"])
-            features = tfds.features.FeaturesDict(names)
-            keys = ("image", "label")
-            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=keys)
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(60), "test": self._generate_examples(20)}
-
-        def _generate_examples(self, count):
-            for i in range(count):
-                image = np.full((8, 12, 1), 40 + 170 * (i % 2) + i % 3, "uint8")
-                yield i, {"image": image, "label": i % 2}
-
-    class TilesOfSeveralSizes(Tiles):
-        shape = (None, None, 1)
-
     data = hm.load_data("tiles", str(tmp_path / "data"))
     (x, y), (x_test, y_test), names = data
     assert x.shape == (60, 8, 12, 1) and len(x_test) == 20 and names == ["dark", "bright"]
     np.testing.assert_array_equal(x[:, 0, 0, 0] > 100, y == 1)
-    settings = {name: default for name, (default, _, _) in hm.SETTINGS.items()}
-    settings |= {"dataset": "tiles", "model": "hybrid", "seed": 0, "num_blocks": 1, "epochs": 8}
-    result = hm.train({**settings, "batch_size": 16}, data, tmp_path)
-    assert result["final_test_accuracy"] == 1.0
-    with pytest.raises(ValueError, match="one size"):
-        hm.load_data("tiles_of_several_sizes", str(tmp_path / "data"))
+    assert hm.train(tiles_settings(), data, tmp_path)["final_test_accuracy"] == 1.0
+
+
+def test_images_of_several_sizes_are_resized_if_asked(tmp_path):
+    with pytest.raises(ValueError, match="several sizes: give an --image_size"):
+        hm.load_data("tiles_of_several_sizes", str(tmp_path))
+    (x, y), (x_test, _), _ = hm.load_data("tiles_of_several_sizes", str(tmp_path), 16)
+    assert x.shape == (60, 16, 16, 1) and x_test.shape == (20, 16, 16, 1) and x.dtype == "uint8"
+    np.testing.assert_array_equal(x, np.broadcast_to(x[:, :1, :1], x.shape))
+    np.testing.assert_array_equal(np.sort(x[:, 0, 0, 0]), np.sort(TILES))
+    with pytest.raises(ValueError, match="leave out --image_size"):
+        hm.load_data("shapes", None, 16)
+
+
+def test_where_test_labels_are_kept_back_validation_serves(tmp_path):
+    (_, y), (_, y_test), _ = hm.load_data("tiles_to_guess", str(tmp_path))
+    assert len(y) == 60 and len(y_test) == 20 and y_test.min() == 0
+
+
+# ------------------------------------------------------------------------- data from files
+TILES = [40 + 170 * (i % 2) + i % 3 for i in range(60)]
+
+
+@pytest.fixture
+def streamed(monkeypatch, tmp_path_factory):
+    """The tiles as they are read when memory doesn't hold them."""
+    monkeypatch.setattr(hm, "IN_MEMORY", 16 * 8 * 12 * 4)  # Shuffled among 4.
+    return hm.load_data("tiles", str(tmp_path_factory.mktemp("tiles")))
+
+
+def test_a_streamed_epoch_has_all_images_once_in_the_order_of_seed_and_epoch(streamed):
+    (images, labels), _, _ = streamed
+    assert labels is None and len(images) == 60 and images.shape == (60, 8, 12, 1)
+
+    def read(batches, order=range(4)):
+        found = {i: batches[i] for i in order}
+        return [found[i] for i in sorted(found)]
+
+    batches, orders = hm.Batches(images, None, 16, seed=1), []
+    for epoch in (0, 1):
+        batches.shuffle(epoch)
+        epoch = read(batches)
+        assert [len(y) for _, y in epoch] == [16, 16, 16, 12]
+        x, y = (np.concatenate(part) for part in zip(*epoch))
+        assert sorted(x[:, 0, 0, 0]) == sorted(TILES)
+        np.testing.assert_array_equal(x[:, 0, 0, 0] > 100, y == 1)
+        for order in ([0, 1, 2, 3], [1, 0, 3, 2], [3, 2, 1, 0]):  # As threads may ask.
+            for (a, _), (b, _) in zip(epoch, read(batches, order)):
+                np.testing.assert_array_equal(a, b)
+        orders.append(x[:, 0, 0, 0].tolist())
+    assert orders[0] != orders[1]
+    again = hm.Batches(images, None, 16, seed=1)
+    again.shuffle(1)
+    assert np.concatenate([x for x, _ in read(again)])[:, 0, 0, 0].tolist() == orders[1]
+
+
+def test_a_streamed_run_learns_and_goes_on_exactly(streamed, tmp_path, monkeypatch):
+    whole = hm.train(tiles_settings(), streamed, tmp_path)
+    assert whole["final_test_accuracy"] == 1.0
+    (tmp_path / "stopped").mkdir()
+
+    class Stop(Exception):
+        pass
+
+    def stop(self, epoch, logs=None):
+        end(self, epoch, logs)
+        if epoch == 2:
+            raise Stop
+
+    end = hm.EpochState.on_epoch_end
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(hm.EpochState, "on_epoch_end", stop)
+        hm.train(tiles_settings(), streamed, tmp_path / "stopped")
+    hm.train(tiles_settings(), streamed, tmp_path / "stopped")
+    assert histories(tmp_path / "stopped") == histories(tmp_path)
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+import hybrid_mixer as hm, test_hybrid_mixer
+
+hm.IN_MEMORY = int(sys.argv[3])
+(images, labels), _, _ = hm.load_data("tiles_for_memory", sys.argv[1])
+first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+total = 0
+batches = hm.Batches(images, labels, 32, seed=0)
+batches.shuffle(0)
+for i in range(len(batches)):
+    total += batches[i][0].size
+print(total, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first))
+"""
+
+
+def test_streaming_takes_less_memory_than_the_data(tmp_path):
+    """295 MB of images, in a process that may keep 64 MB of data in memory."""
+    hm.load_data("tiles_for_memory", str(tmp_path))
+    done = run_python("-c", MEMORY, tmp_path, HERE, 2**26)
+    assert done.returncode == 0, done.stderr
+    total, grown = map(int, done.stdout.split()[-2:])
+    assert total == 1500 * 256 * 256 * 3
+    assert grown < total / 3
 
 
 # ---------------------------------------------------------------------------------- training
@@ -792,6 +913,65 @@ def test_two_devices_train_as_one_does(backend, tmp_path):
         np.testing.assert_allclose(several[name], one[name], rtol=1e-4)
     assert len(set(one["train_loss"])) == 3
     keras.saving.load_model(max(tmp_path.iterdir()) / "shapes-interleaved-seed3.keras")
+
+
+COMMAND = """
+import hybrid_mixer as hm
+from absl import app
+hm.define_flags()
+hm.load_data = lambda *_: hm.draw_shapes(200, 40)
+app.run(hm.main)
+"""
+
+
+def test_two_processes_train_as_one_does_and_go_on_after_a_kill(tmp_path):
+    """Two machines, as far as one can tell: two processes that meet at a port of this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % free.getsockname()[1]
+    common = {"KERAS_DISTRIBUTION_JOB_ADDRESSES": address, "KERAS_DISTRIBUTION_NUM_PROCESSES": "2"}
+    command = ["-c", COMMAND, *TINY, "--dataset", "shapes", "--batch_size", "50", "--epochs", "6"]
+
+    def histories_of(name):
+        return histories(tmp_path / name)["shapes-hybrid-seed0.json"]
+
+    def start_both():
+        numbers = [{**common, "KERAS_DISTRIBUTION_PROCESS_ID": str(i)} for i in (0, 1)]
+        arguments = [*command, "--output_dir", tmp_path / "two"]
+        return [start_python(*arguments, backend="jax", **number) for number in numbers]
+
+    first, second = start_both()
+    wait_for(lambda: list(tmp_path.glob("two/.shapes*.npz")), first)
+    second.kill()
+    second.communicate()
+    _, told = first.communicate(timeout=150)
+    assert first.returncode == 1 and "Traceback" not in told
+    assert "stopped, as another machine has" in told and "start all of them again" in told
+    assert not list(tmp_path.glob("two/*.json"))
+    outputs = [process.communicate(timeout=300) for process in start_both()]
+    assert re.search(r" [1-5] epochs done before", outputs[0][0]), outputs
+    done = run_python(*command, "--output_dir", tmp_path / "one", backend="jax")
+    assert done.returncode == 0, done.stderr
+    one, two = histories_of("one"), histories_of("two")
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4)
+    assert len(one["test_loss"]) == 6
+    keras.saving.load_model(tmp_path / "two" / "shapes-hybrid-seed0.keras")
+    assert not list(tmp_path.glob("*/.*"))
+
+
+@pytest.mark.parametrize("name", ["TF_CONFIG", "KERAS_DISTRIBUTION_NUM_PROCESSES"])
+def test_several_machines_are_refused_on_tensorflow(name, main, monkeypatch, tmp_path):
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(SystemExit, match=f"{name[:5]}.*: unset it, or set KERAS_BACKEND=jax"):
+        main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_cannot_meet_say_so(tmp_path):
+    done = run_script("--output_dir", tmp_path, backend="jax", KERAS_DISTRIBUTION_NUM_PROCESSES="x")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "machines can't be joined" in done.stderr and "start them" in done.stderr
 
 
 def test_bad_input_is_one_sentence_and_status_1(tmp_path):
