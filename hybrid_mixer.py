@@ -263,9 +263,12 @@ def load_data(name, data_dir=None, image_size=0):
         if image_size not in (0, 32):
             raise UserError("The shapes are drawn 32 pixels wide: leave out --image_size.")
         return draw_shapes()
+    import tensorflow as tf
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
 
+    if keras.backend.backend() != "tensorflow":
+        tf.config.set_visible_devices([], "GPU")  # Reading files, it would take all GPU memory.
     downloader.MAX_RETRIES = 0  # Its ten retries take minutes to say that a host is down.
     try:
         builder = tfds.builder(name, data_dir=data_dir)
@@ -296,7 +299,10 @@ def load_data(name, data_dir=None, image_size=0):
     chosen = [streams[split] for split in splits[:2]]
     if sum(math.prod(stream.shape) for stream in chosen) > IN_MEMORY:
         return *((stream, None) for stream in chosen), features[1].names
-    return *(next(stream.open(len(stream))) for stream in chosen), features[1].names
+    train, test = (next(stream.open(len(stream))) for stream in chosen)
+    if min(train[1].min(), test[1].min()) < 0:
+        raise UserError(f"Data set {name!r} has images without a label: try another.")
+    return train, test, features[1].names
 
 
 IN_MEMORY = 2**32  # Larger data sets are read from their files in every epoch.

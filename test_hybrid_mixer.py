@@ -517,7 +517,7 @@ class Tiles(tfds.core.GeneratorBasedBuilder):
         for i in range(self.counts[split]):
             size = (*self.sizes[i % len(self.sizes)], self.shape[-1])
             image = np.full(size, 40 + 170 * (i % 2) + i % 3, "uint8")
-            yield i, {"image": image, "label": -1 if split == "hidden" else i % 2}
+            yield i, {"image": image, "label": i % 2}
 
 
 class TilesOfSeveralSizes(Tiles):
@@ -530,6 +530,16 @@ class TilesToGuess(Tiles):
     def _generate_examples(self, split):
         for i, example in super()._generate_examples(split):
             yield i, {**example, "label": -1 if split == "test" else example["label"]}
+
+
+class TilesWithGaps(Tiles):
+    def _generate_examples(self, split):
+        for i, example in super()._generate_examples(split):
+            yield i, {**example, "label": -1 if i == 7 else example["label"]}
+
+
+class TilesWithoutTest(Tiles):
+    counts = {"train": 60}
 
 
 class TilesForMemory(Tiles):
@@ -563,6 +573,14 @@ def test_images_of_several_sizes_are_resized_if_asked(tmp_path):
 def test_where_test_labels_are_kept_back_validation_serves(tmp_path):
     (_, y), (_, y_test), _ = hm.load_data("tiles_to_guess", str(tmp_path))
     assert len(y) == 60 and len(y_test) == 20 and y_test.min() == 0
+
+
+@pytest.mark.parametrize(
+    "name, told", [("with_gaps", "images without a label"), ("without_test", "lacks train or test")]
+)
+def test_data_without_labels_or_test_images_is_refused(name, told, tmp_path):
+    with pytest.raises(hm.UserError, match=told):
+        hm.load_data(f"tiles_{name}", str(tmp_path))
 
 
 # ------------------------------------------------------------------------- data from files
@@ -991,6 +1009,8 @@ NUMBERS = [name for name, (default, *_) in hm.SETTINGS.items() if not isinstance
 BAD = [(name, value) for name in NUMBERS for value in ("x", "-1", "", "1e999x")]
 BAD += [(name, value) for name in NUMBERS if isinstance(hm.SETTINGS[name][0], int)
         for value in ("0", "1.5", "nan")]  # fmt: skip
+BAD.remove(("image_size", "0"))  # It leaves images as they are.
+BAD += [("image_size", "64"), ("image_size", "99999999")]  # The shapes are 32 pixels wide.
 BAD += [(name, value) for name in ("schedule", "precision", "model") for value in ("x", "", "None")]
 BAD += [("model", "hybrid,"), ("model", "hybrid,vit"), ("seed", ""), ("seed", "-1"), ("seed", "0,x")]
 BAD += [("seed", "1.5"), ("dataset", ""), ("dataset", "shapes,"), ("dataset", "nosuchdata")]
