@@ -972,8 +972,8 @@ def plot_scaling(scaling, title, path):
         if flag == "patch_size":
             flag, factors = "number of tokens", factors**-2.0
         axis.plot(factors, seconds, style, label=flag)
-    axis.set(xscale="log", yscale="log", xlabel="times the default", ylabel="seconds a step",
-             title=title)  # fmt: skip
+    axis.set(xlabel="times the default", ylabel="seconds a step", title=title)
+    axis.set(xlim=(0, None), ylim=(0, None))
     axis.legend()
     figure.savefig(path, dpi=120)
 
@@ -1002,6 +1002,16 @@ def summarize_rounds(rounds, name):
     return row
 
 
+def make_speed_table(result):
+    """Returns a Markdown table with a column for each model that `benchmark` has measured."""
+    rows = [["", *result["models"]]]
+    for key in result["models"]["mixer"]:
+        values = [row[key] for row in result["models"].values()]
+        texts = [f"{v:,}" if isinstance(v, int) else f"{v:,.3g}" for v in values]
+        rows.append([key.replace("_", " "), *texts])
+    return format_table(rows)
+
+
 def benchmark(values, folder, num_rounds=10):
     """Measures the models in turn, round by round since machines drift; returns a table.
 
@@ -1027,10 +1037,7 @@ def benchmark(values, folder, num_rounds=10):
     for row in result["models"].values():
         row["training_images_per_second"] = 1000 * settings["batch_size"] / row["training_ms"]
         row["matrix_products_share_of_training"] = 1000 * seconds / row["training_ms"]
-    table = format_table([["", *models]] + [
-        [key.replace("_", " "), *(f"{row[key]:,.4g}" for row in result["models"].values())]
-        for key in row
-    ])  # fmt: skip
+    table = make_speed_table(result)
     words = "".join(c if c.isalnum() else " " for c in f"{result['device']} {unusual(settings)}")
     path = folder / f"benchmark-{'-'.join(words.lower().split())}.json"
     write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))

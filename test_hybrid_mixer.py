@@ -1151,7 +1151,12 @@ def test_benchmark_measures_every_model_against_mixer(tmp_path):
     (path,) = tmp_path.glob("benchmark-*.json")
     result = json.loads(path.read_text())
     assert list(result["models"]) == ["mixer", "hybrid"]
-    assert path.with_suffix(".md").read_text() in done.stdout
+    table = path.with_suffix(".md").read_text()
+    assert table in done.stdout
+    for key, label in (("training_ms", "training ms"), ("parameters", "parameters")):
+        (line,) = re.findall(rf"^\| {label} \| (.*) \|$", table, re.MULTILINE)
+        for shown, row in zip(line.replace(",", "").split(" | "), result["models"].values()):
+            assert float(shown) == pytest.approx(row[key], rel=5e-3)
     assert path.with_suffix(".png").stat().st_size > 10_000
     for name, row in result["models"].items():
         for measure in ("training", "step_without_input", "inference_of_batch", "inference_of_one"):
@@ -1233,6 +1238,20 @@ def test_readme_and_table_agree_with_the_results(folder):
     tables = "".join(path.read_text() for path in (HERE / "results").rglob("table.md"))
     rows = [line for line in readme.splitlines() if " CPU cores | " in line]
     assert rows and all(row in tables for row in rows)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((HERE / "results").glob("benchmark-*.json")), ids=lambda path: path.stem
+)
+def test_readme_shows_what_the_benchmark_has_measured(path):
+    result = json.loads(path.read_text())
+    table = hm.make_speed_table(result)
+    assert path.with_suffix(".md").read_text() == table
+    readme = (HERE / "README.md").read_text()
+    assert table in readme and f"results/{path.stem}.png" in readme
+    assert result["device"] in readme and result["backend"] in readme
+    assert f"{result['peak_memory_gigabytes']:.1f} GB" in readme
+    assert f"{result['matrix_products_ms']:.0f} ms" in readme
 
 
 def test_a_damaged_result_is_named(tmp_path):
