@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 
 import hypothesis
 import keras
@@ -347,6 +348,34 @@ def test_saved_model_loads_in_a_fresh_process_and_takes_pixels(tmp_path, backend
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-3)
 
 
+def put_harm(folder, kind):
+    """Writes a model of ours to `folder`, its norm replaced by what would make a file there."""
+    hm.build_model(num_blocks=1).save(folder / "sound.keras")
+    made = str(folder / "harm")
+    harm = {"module": "subprocess", "class_name": "Popen", "registered_name": None}
+    harm["config"] = {"args": ["touch", made]}
+    if kind == "lambda":
+        layer = keras.layers.Lambda(lambda x: open(made, "w") and x)
+        harm = keras.saving.serialize_keras_object(layer)
+    with zipfile.ZipFile(folder / "sound.keras") as sound:
+        files = {name: sound.read(name) for name in sound.namelist()}
+    config = json.loads(files["config.json"])
+    (norm,) = (x for x in config["config"]["layers"] if x["class_name"] == "LayerNormalization")
+    norm.update({key: harm[key] for key in ("module", "class_name", "registered_name", "config")})
+    with zipfile.ZipFile(folder / "model.keras", "w") as harmful:
+        for name, content in {**files, "config.json": json.dumps(config)}.items():
+            harmful.writestr(name, content)
+
+
+@pytest.mark.parametrize("kind", ["lambda", "class outside of Keras"])
+def test_saved_models_made_to_do_harm_are_refused(kind, tmp_path):
+    put_harm(tmp_path, kind)
+    with pytest.raises((TypeError, ValueError), match="Lambda|could not be deserialized"):
+        keras.saving.load_model(tmp_path / "model.keras")
+    assert not (tmp_path / "harm").exists()
+    keras.saving.load_model(tmp_path / "sound.keras")
+
+
 def test_import_is_quiet_and_light():
     code = (
         "import sys, hybrid_mixer; from absl import flags;"
@@ -543,7 +572,8 @@ class TilesWithoutTest(Tiles):
 
 
 class TilesForMemory(Tiles):
-    shape, sizes, counts = (256, 256, 3), [(256, 256)], {"train": 1500, "test": 1}
+    shape, counts = (None, None, 3), {"train": 1500, "test": 1}
+    sizes = [(256, 256), (100, 300), (500, 200)]
 
 
 def tiles_settings(**changes):
@@ -647,7 +677,7 @@ sys.path.insert(0, sys.argv[2])
 import hybrid_mixer as hm, test_hybrid_mixer
 
 hm.IN_MEMORY = int(sys.argv[3])
-(images, labels), _, _ = hm.load_data("tiles_for_memory", sys.argv[1])
+(images, labels), _, _ = hm.load_data("tiles_for_memory", sys.argv[1], 256)
 first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 total = 0
 batches = hm.Batches(images, labels, 32, seed=0)
@@ -659,8 +689,8 @@ print(total, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - first)
 
 
 def test_streaming_takes_less_memory_than_the_data(tmp_path):
-    """295 MB of images, in a process that may keep 64 MB of data in memory."""
-    hm.load_data("tiles_for_memory", str(tmp_path))
+    """295 MB of images of several sizes, for a process that may keep 64 MB of data in memory."""
+    hm.load_data("tiles_for_memory", str(tmp_path), 256)
     done = run_python("-c", MEMORY, tmp_path, HERE, 2**26)
     assert done.returncode == 0, done.stderr
     total, grown = map(int, done.stdout.split()[-2:])
