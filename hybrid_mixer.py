@@ -568,7 +568,7 @@ def run_name(settings):
 
 def unusual(settings):
     """Returns the settings that aren't the defaults, as a string."""
-    return ", ".join(f"{k} {settings[k]}" for k, v in SETTINGS.items() if settings[k] != v[0])
+    return ", ".join(f"{k} {settings[k]}" for k, v in DEFAULTS.items() if settings[k] != v)
 
 
 def compile_models(settings, train_images, num_classes):
@@ -735,11 +735,16 @@ def summarize(history, num_images):
     }
 
 
+def count_gpus():
+    """Returns the number of GPUs that the backend sees."""
+    return sum("gpu" in name.lower() for name in keras.distribution.list_devices())
+
+
 def describe_machine():
     """Returns the names of device, backend and versions, a dict of strings."""
     backend = keras.backend.backend()
     library = sys.modules[backend]
-    gpus = sum("gpu" in name.lower() for name in keras.distribution.list_devices())
+    gpus = count_gpus()
     try:
         name = pathlib.Path("/proc/cpuinfo").read_text().split("model name\t: ")[1].split("\n")[0]
     except (OSError, IndexError):
@@ -803,7 +808,7 @@ def make_table(groups):
         "data set|model|settings|parameters|test accuracy, %|gain over mixer, points|seeds|best "
         "epoch's, selected on test, %|paper, %|seconds an epoch|hardware|backend"
     ).split("|")
-    rows = []
+    rows = [head]
     for key, seeds in groups.items():
         (dataset, changed, model), runs = key, list(seeds.values())
         rows.append([
@@ -815,7 +820,7 @@ def make_table(groups):
             f"{np.median([run['seconds_per_epoch'] for run in runs]):.3g}",
             *("; ".join(sorted({run[k] for run in runs})) for k in ("device", "backend")),
         ])  # fmt: skip
-    return format_table([head, *rows])
+    return format_table(rows)
 
 
 def format_table(rows):
@@ -981,7 +986,7 @@ def plot_scaling(scaling, title, path):
 def peak_memory():
     """Returns the most bytes that this process has held: of its GPU, or without one of memory."""
     library = sys.modules[keras.backend.backend()]
-    if "gpu" not in str(keras.distribution.list_devices()).lower():
+    if not count_gpus():
         import resource
 
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -798,7 +798,7 @@ TRAIN = """
 import json, pathlib, sys
 import hybrid_mixer as hm
 
-settings = {name: default for name, (default, _, _) in hm.SETTINGS.items()}
+settings = dict(hm.DEFAULTS)
 settings |= {"dataset": "shapes", "model": "interleaved", "seed": 3, "epochs": 12, "num_blocks": 2}
 settings |= {"batch_size": 64, "patch_size": 8, "hidden_dim": 16, "tokens_mlp_dim": 8}
 hm.train(settings, hm.draw_shapes(200, 40), pathlib.Path(sys.argv[1]))
@@ -925,7 +925,7 @@ if keras.backend.backend() == "tensorflow":
 for name in ("RandomFlip", "RandomTranslation", "RandomRotation", "RandomErasing"):
     setattr(getattr(keras.layers, name), "call", lambda self, x, training=None: x)
 hm.ColorJitter.call = lambda self, x, training=None: x
-settings = {name: default for name, (default, _, _) in hm.SETTINGS.items()}
+settings = dict(hm.DEFAULTS)
 settings |= {"dataset": "shapes", "model": "interleaved", "seed": 3, "epochs": 3, "num_blocks": 2}
 settings |= {"batch_size": 64, "patch_size": 8, "hidden_dim": 16, "dropout": 0.0}
 made, fit = [], keras.Model.fit
