@@ -1270,6 +1270,29 @@ def test_readme_and_table_agree_with_the_results(folder):
     assert rows and all(row in tables for row in rows)
 
 
+def test_readmes_sentences_say_what_the_results_do():
+    readme = " ".join((HERE / "README.md").read_text().split())
+    runs = [json.loads(path.read_text()) for path in (HERE / "results").glob("cifar*.json")]
+    final = {
+        (run["settings"]["dataset"], run["settings"]["model"]): 100 * run["final_test_accuracy"]
+        for run in runs
+    }
+    mixer, hybrid, interleaved = (final["cifar100", model] for model in hm.MODELS)
+    cost = (694_794 - 605_834) / (interleaved - mixer)  # of the paper's parameter counts
+    picked = max(
+        100 * (run["best_test_accuracy_selected_on_test"] - run["final_test_accuracy"])
+        for run in runs
+    )
+    for text in (
+        f"interleaved convolutions gain {interleaved - mixer:.2f} points over the baseline",
+        f"the stem alone, to which its text gives the credit, loses {mixer - hybrid:.2f}.",
+        f"A point gained costs {cost:,.0f} parameters",
+        f"interleaved convolutions make {interleaved - hybrid:.2f} points of difference",
+        f"which is up to {picked:.2f} points higher in the default runs",
+    ):
+        assert text in readme
+
+
 @pytest.mark.parametrize(
     "path", sorted((HERE / "results").glob("benchmark-*.json")), ids=lambda path: path.stem
 )
