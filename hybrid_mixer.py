@@ -1114,7 +1114,7 @@ def is_done(settings, path):
 def sweep(values, folder):
     """Trains all combinations of data set, seed and model that have no result yet."""
     machine = describe_machine()
-    warning = "NO GPU FOUND, this takes long: " if machine["device"].endswith("CPU cores") else ""
+    warning = "" if count_gpus() else "NO GPU FOUND, this takes long: "
     print(f"{warning}{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
     names = ("dataset", "seed", "model")
     runs = [
