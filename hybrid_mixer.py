@@ -184,23 +184,27 @@ class MixerBlock(layers.Layer):
 
 
 # ------------------------------------------------------------------------------------ models
-# All that the models differ in: is there a stem after patch embedding, and after how many
-# Mixer blocks each stands another convolution of the same kind (0: nowhere).
-MODELS = {"mixer": (False, 0), "hybrid": (True, 0), "interleaved": (True, 2)}
+# All that the models differ in: is there a stem after patch embedding, and does another
+# convolution of the same kind stand after every second Mixer block (`conv_every`).
+MODELS = {"mixer": (False, False), "hybrid": (True, False), "interleaved": (True, True)}
 
 
 def build_model(
     model="hybrid", image_shape=(32, 32, 3), num_classes=10, patch_size=4, hidden_dim=128,
     num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=256, dropout=0.15,
+    kernel_size=3, conv_every=2, conv_residual=False,
 ):  # fmt: skip
     """Builds an MLP-Mixer, with the paper's convolution stem or without.
 
     Args:
         model: `"mixer"` (the baseline), `"hybrid"` (the stem once, as in the paper's text) or
-            `"interleaved"` (also after every second block, as in its authors' code).
+            `"interleaved"` (also between the blocks, as in its authors' code).
         image_shape: `(height, width, channels)`, height and width multiples of `patch_size`.
         num_classes, patch_size (pixels), hidden_dim (channels of a token), num_blocks: int.
         tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
+        kernel_size: int, of each `ConvStem`.
+        conv_every: int, `"interleaved"` has a convolution after every so many blocks.
+        conv_residual: bool, whether those add to their input instead of replacing it.
 
     Returns a Functional `keras.Model` from normalised images `(batch, height, width, channels)` to
     float32 logits `(batch, num_classes)`, its weights in the order of the data's way. Raises
@@ -208,14 +212,14 @@ def build_model(
     """
     if model not in MODELS:
         raise ValueError(f"`model` must be one of {', '.join(MODELS)}. Received: {model!r}")
-    for size in (*image_shape, num_classes, patch_size, hidden_dim, num_blocks):
+    for size in (*image_shape, num_classes, patch_size, hidden_dim, num_blocks, conv_every):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"Sizes must be positive ints. Received: {size!r}")
     height, width, channels = image_shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"Height and width must be multiples of `patch_size` {patch_size}. "
                          f"Received: image_shape={image_shape}")  # fmt: skip
-    has_stem, conv_every = MODELS[model]
+    has_stem, is_interleaved = MODELS[model]
     grid = (height // patch_size, width // patch_size, hidden_dim)
     to_grid, to_tokens = layers.Reshape(grid), layers.Reshape((grid[0] * grid[1], hidden_dim))
 
@@ -229,12 +233,13 @@ def build_model(
         **uniform(patch_size**2 * channels), name="patch_embedding",
     )(images)  # fmt: skip
     if has_stem:
-        x = ConvStem(name="stem")(x)
+        x = ConvStem(kernel_size, name="stem")(x)
     x = to_tokens(x)
     for i in range(1, num_blocks + 1):
         x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, dropout, name=f"block_{i}")(x)
-        if conv_every and i % conv_every == 0:
-            x = to_tokens(ConvStem(name=f"conv_{i}")(to_grid(x)))
+        if is_interleaved and i % conv_every == 0:
+            y = to_tokens(ConvStem(kernel_size, name=f"conv_{i}")(to_grid(x)))
+            x = layers.Add()([x, y]) if conv_residual else y
     x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
     x = layers.GlobalAveragePooling1D(data_format="channels_last", name="mean_of_tokens")(x)
     head = layers.Dense(num_classes, **uniform(hidden_dim), dtype="float32", name="head")
@@ -457,17 +462,20 @@ def add_preprocessing(network, train_images):
 class Batches(keras.utils.PyDataset):
     """Batches of images and labels, in an order that only seed and epoch decide.
 
-    Of several processes, each gets its part of every batch.
+    Of several processes, each gets its part of every batch. `soften(images, labels, rng)`, where
+    given, returns what takes their place.
     """
 
-    def __init__(self, images, labels, batch_size, seed=None):
+    def __init__(self, images, labels, batch_size, seed=None, soften=None):
         # On TensorFlow, one worker means tf.data with automatic tuning, which can hang for as long
         # as an epoch at its end; on JAX, two would repeat batches of the epoch before.
         super().__init__(workers=2 if keras.backend.backend() == "tensorflow" else 1)
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.order, self.stream_seed = np.arange(len(images)), None
+        self.soften, self.epoch = soften, 0
 
     def shuffle(self, epoch):
+        self.epoch = epoch
         rng = np.random.default_rng([self.seed, epoch])
         self.order, self.stream_seed = rng.permutation(len(self.images)), int(rng.integers(2**31))
 
@@ -480,20 +488,72 @@ class Batches(keras.utils.PyDataset):
         else:
             part = self.order[index * self.batch_size : (index + 1) * self.batch_size]
             images, labels = self.images[part], self.labels[part]
+        if self.soften:
+            rng = np.random.default_rng([self.seed or 0, self.epoch, 2, index])
+            images, labels = self.soften(images, labels, rng)
         number, count = find_process()
         mine = slice(len(labels) * number // count, len(labels) * (number + 1) // count)
         return images[mine], labels[mine]
 
 
-class Cosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Learning rate `peak * (1 + cos(pi * step / half_period)) / 2`, steps counted from 0."""
+SOFT = ("label_smoothing", "mixup", "cutmix")  # Settings that need soft labels.
 
-    def __init__(self, peak, half_period):
-        self.peak, self.half_period = peak, half_period
+
+def soften(images, labels, rng, num_classes, label_smoothing=0, mixup=0, cutmix=0):
+    """Makes labels soft, and mixes each image of a batch with the one before it.
+
+    Args:
+        images, labels: arrays `(batch, height, width, channels)` and `(batch,)`.
+        rng: `np.random.Generator`.
+        label_smoothing: float, the share of each label that all classes have in common.
+        mixup, cutmix: float, shares come from a beta distribution with this for both parameters,
+            one for a batch; 0 for never. Where both are given, chance picks one for each batch.
+
+    Returns images of the same kind and labels `(batch, num_classes)` that sum up to 1.
+    Reference: Zhang et al., 2018 (MixUp); Yun et al., 2019 (CutMix).
+    """
+    hard = labels[:, None] == np.arange(num_classes)
+    labels = (1 - label_smoothing) * hard.astype("float32") + label_smoothing / num_classes
+    if not mixup and not cutmix:
+        return images, labels
+    others, (height, width) = np.roll(images, 1, axis=0), images.shape[1:3]
+    takes_mixup = rng.random() * (bool(mixup) + bool(cutmix)) < bool(mixup)
+    share = rng.beta(*[mixup if takes_mixup else cutmix] * 2)
+    if takes_mixup:
+        images = np.round(share * images + (1 - share) * others).astype(images.dtype)
+    else:  # A box around any pixel, cut off where the image ends.
+        middle, half = rng.random(2), np.sqrt(1 - share) / 2
+        edges = np.clip([middle - half, middle + half], 0, 1) * (height, width)
+        (top, left), (bottom, right) = np.round(edges).astype(int)
+        images = images.copy()
+        images[:, top:bottom, left:right] = others[:, top:bottom, left:right]
+        share = 1 - (bottom - top) * (right - left) / (height * width)
+    return images, np.float32(share) * labels + np.float32(1 - share) * np.roll(labels, 1, axis=0)
+
+
+def make_softeners(settings, num_classes):
+    """Returns `soften` for train and test batches as `settings` say, or `None` for both."""
+    chosen = {name: settings[name] for name in SOFT}
+    if not any(chosen.values()):
+        return None, None
+    return [functools.partial(soften, num_classes=num_classes, **kw) for kw in (chosen, {})]
+
+
+class Cosine(keras.optimizers.schedules.LearningRateSchedule):
+    """Learning rate `peak * (1 + cos(pi * step / half_period)) / 2`, steps counted from 0.
+
+    It is multiplied by `(step + 1) / warmup_steps` until this is 1.
+    """
+
+    def __init__(self, peak, half_period, warmup_steps=0):
+        self.peak, self.half_period, self.warmup_steps = peak, half_period, warmup_steps
 
     def __call__(self, step):
-        turn = math.pi * ops.cast(step, "float32") / self.half_period
-        return self.peak * (1 + ops.cos(turn)) / 2
+        step = ops.cast(step, "float32")
+        rate = self.peak * (1 + ops.cos(math.pi * step / self.half_period)) / 2
+        if self.warmup_steps:
+            rate = rate * ops.minimum((step + 1) / self.warmup_steps, 1)
+        return rate
 
 
 class EpochState(keras.callbacks.Callback):
@@ -571,9 +631,14 @@ def unusual(settings):
     return ", ".join(f"{k} {settings[k]}" for k, v in DEFAULTS.items() if settings[k] != v)
 
 
+def checksum(text):
+    """Returns a short name for a text that is too long for the name of a file."""
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def compile_models(settings, train_images, num_classes):
     """Returns `(network, trainer, classifier)` as `settings` say, the trainer ready for `fit`."""
-    steps_per_epoch = math.ceil(len(train_images) / settings["batch_size"])
+    num_images = len(train_images)
     if isinstance(train_images, Stream):  # Some give mean and deviation well enough.
         train_images = next(train_images.open(1000, seed=0))[0]
     sizes = {k: settings[k] for k in inspect.signature(build_model).parameters if k in settings}
@@ -582,22 +647,32 @@ def compile_models(settings, train_images, num_classes):
     except ValueError as error:
         raise UserError(str(error)) from error
     trainer, classifier = add_preprocessing(network, train_images)
-    compile_model(trainer, settings, steps_per_epoch)
+    compile_model(trainer, settings, num_images)
     return network, trainer, classifier
 
 
-def compile_model(model, settings, steps_per_epoch):
+def compile_model(model, settings, num_images):
     """Makes a model ready for training as `settings` say, with all variables that this takes."""
+    steps_per_epoch = math.ceil(num_images / settings["batch_size"])
     # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
     published = settings["schedule"] == "published"
     half_period = 30 if published else settings["epochs"] * steps_per_epoch
-    rate = Cosine(settings["learning_rate"], half_period)
+    warmup_steps = settings["warmup_epochs"] * steps_per_epoch
+    optimizer = keras.optimizers.AdamW(
+        Cosine(settings["learning_rate"], half_period, warmup_steps),
+        weight_decay=settings["weight_decay"], epsilon=1e-8,
+        use_ema=settings["ema"] > 0, ema_momentum=settings["ema"],
+    )  # fmt: skip
+    if settings["decay_of"] == "kernels":
+        others = [weight for weight in model.trainable_weights if len(weight.shape) < 2]
+        optimizer.exclude_from_weight_decay(var_list=others)
+    kind = "" if any(settings[name] for name in SOFT) else "Sparse"
     model.compile(
-        keras.optimizers.AdamW(rate, weight_decay=settings["weight_decay"], epsilon=1e-8),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer,
+        getattr(keras.losses, kind + "CategoricalCrossentropy")(from_logits=True),
         # Named as "accuracy", it would make its variables in the first step, and TensorFlow
         # traces a step that makes variables twice.
-        metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],
+        metrics=[getattr(keras.metrics, kind + "CategoricalAccuracy")("accuracy")],
         jit_compile=keras.backend.backend() == "jax",  # TensorFlow's graph is faster on a CPU.
     )
     model.optimizer.build(model.trainable_variables)
@@ -680,9 +755,11 @@ def train(settings, data, folder):
     stems = [layer for layer in network.layers if isinstance(layer, ConvStem)]
     for stem in stems if strategy else []:  # Statistics of the whole batch, as on one device.
         stem.norm.synchronized = True
-    batches, is_first = Batches(x_train, y_train, size, settings["seed"]), find_process()[0] == 0
+    softeners, is_first = make_softeners(settings, len(class_names)), find_process()[0] == 0
+    batches = Batches(x_train, y_train, size, settings["seed"], softeners[0])
+    averages = [keras.callbacks.SwapEMAWeights()] if settings["ema"] else []
     name, changed = run_name(settings), unusual(settings)  # Both name the checkpoint, so that
-    state = EpochState(batches, folder / f".{name} {changed or 'defaults'}.npz")  # none misleads.
+    state = EpochState(batches, folder / f".{name}-{checksum(changed)}.npz")  # none misleads.
     check_processes_agree(settings, state.path.exists() and zlib.crc32(state.path.read_bytes()))
     try:
         done = state.restore(trainer)
@@ -696,8 +773,9 @@ def train(settings, data, folder):
     parameters = f"{count_parameters(network):,} trainable parameters"
     print(f"{name.replace('-', ', ')}: {parameters}, {done} epochs done before")
     trainer.fit(
-        batches, validation_data=Batches(*test, 500), callbacks=[state], initial_epoch=done,
-        epochs=settings["epochs"], verbose="auto" if is_first else 0,
+        batches, validation_data=Batches(*test, 500, soften=softeners[1]),
+        callbacks=[state, *averages], initial_epoch=done, epochs=settings["epochs"],
+        verbose="auto" if is_first else 0,
         shuffle=False,  # Else by a state that nothing saves.
     )  # fmt: skip
     result = {
@@ -940,7 +1018,8 @@ def make_measures(settings, data):
     if isinstance(images, Stream):
         images, labels = next(images.open(12 * size))
     images, labels = (np.resize(x, (12 * size, *x.shape[1:])) for x in (images, labels))
-    ready = Batches(images.astype("float32") / 255, labels, size)
+    train_soften, test_soften = make_softeners(settings, len(class_names))
+    ready = Batches(images.astype("float32") / 255, labels, size, soften=test_soften)
 
     def time_inference(count, times):
         call = functools.partial(classifier.predict_on_batch, images[:count])
@@ -948,7 +1027,7 @@ def make_measures(settings, data):
 
     facts = {"parameters": count_parameters(network), "macs_per_image": count_macs(network)}
     return facts, {
-        "training": lambda: time_fit(trainer, Batches(images, labels, size)),
+        "training": lambda: time_fit(trainer, Batches(images, labels, size, soften=train_soften)),
         "step_without_input": lambda: time_fit(network, ready),
         "inference_of_batch": lambda: time_inference(size, 5),
         "inference_of_one": lambda: time_inference(1, 20),
@@ -1043,8 +1122,9 @@ def benchmark(values, folder, num_rounds=10):
         row["training_images_per_second"] = 1000 * settings["batch_size"] / row["training_ms"]
         row["matrix_products_share_of_training"] = 1000 * seconds / row["training_ms"]
     table = make_speed_table(result)
-    words = "".join(c if c.isalnum() else " " for c in f"{result['device']} {unusual(settings)}")
-    path = folder / f"benchmark-{'-'.join(words.lower().split())}.json"
+    words = "".join(c if c.isalnum() else " " for c in result["device"].lower()).split()
+    changed = [checksum(unusual(settings))] if unusual(settings) else []
+    path = folder / f"{'-'.join(['benchmark', *words, *changed])}.json"
     write_atomically(path, lambda part: part.write_text(json.dumps(result, indent=1) + "\n"))
     write_atomically(path.with_suffix(".md"), lambda part: part.write_text(table))
     plot = functools.partial(plot_scaling, result["scaling"], f"mixer, {result['device']}")
@@ -1053,7 +1133,8 @@ def benchmark(values, folder, num_rounds=10):
 
 
 # ---------------------------------------------------------------------------- flags and main
-SETTINGS = {  # Default, smallest value or choices, meaning; with data set, model, seed: a run.
+# Default; smallest value, or both bounds, or choices; meaning. With data set, model, seed: a run.
+SETTINGS = {
     "epochs": (30, 1, "Passes over the train split."),
     "batch_size": (128, 1, "Images a step."),
     "learning_rate": (3e-3, 0.0, "Peak learning rate."),
@@ -1067,6 +1148,16 @@ SETTINGS = {  # Default, smallest value or choices, meaning; with data set, mode
     "channels_mlp_dim": (256, 1, "Hidden width of the MLP across channels."),
     "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
     "image_size": (0, 0, "Height and width that images are resized to; 0 leaves them."),
+    # Beyond the paper:
+    "kernel_size": (3, 1, "Height and width of the depthwise filters."),
+    "conv_every": (2, 1, "Mixer blocks from one convolution of interleaved to the next."),
+    "conv_residual": (False, None, "Add those convolutions to their input."),
+    "warmup_epochs": (0, 0, "Epochs in which the learning rate rises."),
+    "decay_of": ("all", ["all", "kernels"], "What weight decay acts on."),
+    "ema": (0.0, (0.0, 0.99999), "Momentum of the moving average of weights; 0 for none."),
+    "label_smoothing": (0.0, (0.0, 1.0), "Share of each train label that all classes get."),
+    "mixup": (0.0, (0.0, 100.0), "MixUp's alpha; 0 for none."),
+    "cutmix": (0.0, (0.0, 100.0), "CutMix's alpha; 0 for none."),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
 LISTS = {  # Default, what is valid, meaning; every combination is a run.
@@ -1081,9 +1172,13 @@ def define_flags():
     for name, (default, limit, text) in SETTINGS.items():
         if isinstance(limit, list):
             flags.DEFINE_enum(name, default, limit, text)
+        elif limit is None:
+            flags.DEFINE_boolean(name, default, text)
         else:
             define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
-            define(name, default, text, lower_bound=limit)
+            define(name, default, text, *(limit if isinstance(limit, tuple) else (limit,)))
+        if isinstance(default, float):
+            flags.register_validator(name, math.isfinite, "must be a finite number")
     for name, (default, valid, text) in LISTS.items():
         text = f"one or several, with commas between them, of: {text}"
         flags.DEFINE_list(name, default, text)

@@ -99,7 +99,7 @@ def np_block(x, weights):
     return u + np_gelu(np_layer_norm(u, gamma, beta) @ w3 + b3) @ w4 + b4
 
 
-def np_model(name, images, weights, patch, blocks):
+def np_model(name, images, weights, patch, blocks, conv_every=2, conv_residual=False):
     weights = iter(weights)
     kernel, bias = next(weights), next(weights)
     batch, height, width, _ = images.shape
@@ -113,8 +113,9 @@ def np_model(name, images, weights, patch, blocks):
         x = np_stem(x, weights)
     for i in range(blocks):
         x = np_block(x.reshape(batch, rows * columns, -1), weights)
-        if name == "interleaved" and i % 2 == 1:
-            x = np_stem(x.reshape(batch, rows, columns, -1), weights)
+        if name == "interleaved" and (i + 1) % conv_every == 0:
+            x = x.reshape(batch, rows, columns, -1)
+            x = conv_residual * x + np_stem(x, weights)
     x = x.reshape(batch, rows * columns, -1)
     x = np_layer_norm(x, next(weights), next(weights)).mean(1)
     logits = x @ next(weights) + next(weights)
@@ -151,14 +152,24 @@ def test_block_equals_numpy():
     np.testing.assert_allclose(layer(x), np_block(x, iter(weights)), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(hm.MODELS))
-def test_model_equals_numpy_with_the_weights_in_order(name):
-    model = hm.build_model(name, (16, 24, 3), 7, 4, 16, 4, 5, 9)
+@pytest.mark.parametrize(
+    "name, kernel_size, conv",
+    [*((name, 3, {}) for name in hm.MODELS), ("hybrid", 5, {"conv_every": 1}),
+     ("interleaved", 5, {"conv_every": 3}), ("interleaved", 2, {"conv_residual": True})],
+)  # fmt: skip
+def test_model_equals_numpy_with_the_weights_in_order(name, kernel_size, conv):
+    model = hm.build_model(name, (16, 24, 3), 7, 4, 16, 4, 5, 9, kernel_size=kernel_size, **conv)
     weights = random_weights(model)
     images = np.random.default_rng(1).normal(size=(3, 16, 24, 3))
     logits = np.asarray(model(images, training=False))
     assert logits.dtype == "float32"
-    np.testing.assert_allclose(logits, np_model(name, images, weights, 4, 4), atol=1e-4)
+    expected = np_model(name, images, weights, 4, 4, **conv)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    depthwise = [w.shape[0] for w in model.weights if "depthwise" in w.path]
+    assert set(depthwise) <= {kernel_size}
+    assert len(depthwise) == (name != "mixer") + 4 // conv.get("conv_every", 2) * (
+        name == "interleaved"
+    )
 
 
 def test_blocks_two_norms_are_two():
@@ -712,6 +723,11 @@ def test_learning_rates_follow_their_closed_forms():
     )
     turns = [published(step) for step in (0, 15, 30, 60)]
     np.testing.assert_allclose(turns, [3e-3, 1.5e-3, 0, 3e-3], atol=1e-9)
+    warm = hm.Cosine(3e-3, 199, warmup_steps=50)
+    rise = np.minimum((steps + 1) / 50, 1)
+    np.testing.assert_allclose(
+        [warm(step) for step in steps], rise * 3e-3 * np.cos(np.pi * steps / 398) ** 2, atol=1e-8
+    )
 
 
 def test_batches_shuffle_by_seed_and_epoch_alone_and_lose_nothing():
@@ -726,6 +742,128 @@ def test_batches_shuffle_by_seed_and_epoch_alone_and_lose_nothing():
         assert np.concatenate([x for x, _ in parts])[:, 0].tolist() == orders[-1]
     assert sorted(orders[0]) == list(range(10))
     assert orders[0] == orders[2] != orders[1]
+
+
+def settings_with(**changes):
+    return {**hm.DEFAULTS, "dataset": "shapes", "model": "mixer", "seed": 0, **changes}
+
+
+def constant_images(count=6, height=20, width=30):
+    """Images whose pixels all have the number of the image times ten, and these numbers."""
+    numbers = np.arange(count)
+    return np.tile(10 * numbers[:, None, None, None], (1, height, width, 3)).astype("uint8"), numbers
+
+
+def test_label_smoothing_gives_all_classes_a_share_of_each_train_label():
+    images, labels = constant_images(3)
+    train, test = hm.make_softeners(settings_with(label_smoothing=0.2), 5)
+    same, soft = train(images, labels, np.random.default_rng(0))
+    assert same is images
+    expected = [[0.84 if i == j else 0.04 for i in range(5)] for j in range(3)]
+    np.testing.assert_allclose(soft, expected, atol=1e-7)
+    np.testing.assert_array_equal(test(images, labels, np.random.default_rng(0))[1], np.eye(5)[:3])
+    assert hm.make_softeners(settings_with(), 5) == (None, None)
+
+
+def test_mixup_mixes_images_and_labels_by_one_share_of_a_beta_distribution():
+    images, labels = constant_images()
+    rng, shares = np.random.default_rng(0), []
+    for _ in range(2000):
+        mixed, soft = hm.soften(images, labels, rng, 6, mixup=0.4)
+        share = soft[2, 2]
+        both = share * np.eye(6) + (1 - share) * np.eye(6)[labels - 1]
+        np.testing.assert_allclose(soft, both, atol=1e-6)
+        assert mixed.dtype == "uint8" and (mixed == mixed[:, :1, :1, :1]).all()
+        assert np.abs(mixed[:, 0, 0, 0] - both @ (10 * labels)).max() < 0.501
+        shares.append(share)
+    # Mean and variance of a beta distribution with both parameters 0.4, within 4 standard errors.
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.035)
+    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.4 + 1)), abs=0.01)
+
+
+def test_cutmix_pastes_a_box_and_shares_the_label_by_its_area():
+    images, labels = constant_images()
+    rng, boxes = np.random.default_rng(0), []
+    for _ in range(500):
+        mixed, soft = hm.soften(images, labels, rng, 6, label_smoothing=0.3, cutmix=1.0)
+        pasted = mixed[2, :, :, 0] == 10
+        assert (pasted | (mixed[2, :, :, 0] == 20)).all()
+        rows, columns = pasted.any(1), pasted.any(0)
+        np.testing.assert_array_equal(pasted, rows[:, None] & columns)  # It is a box.
+        assert np.abs(np.diff(rows.astype(int))).sum() <= 2
+        np.testing.assert_array_equal(mixed[0, :, :, 0] == 50, pasted)
+        kept = 1 - pasted.mean()
+        hard = kept * np.eye(6)[2] + (1 - kept) * np.eye(6)[1]
+        np.testing.assert_allclose(soft[2], 0.7 * hard + 0.05, atol=1e-6)
+        boxes.append(pasted)
+    boxes = np.array(boxes)
+    assert boxes.any(0).all() and boxes.mean((1, 2)).max() > 0.9
+    # A box of share 1 - u, u uniform, around a uniform middle: of side s it keeps s - s**2 / 4 of
+    # a side, so the mean area is the integral of (s - s**2 / 4)**2 over u = 1 - s**2.
+    s = np.sqrt(np.linspace(0, 1, 10001))
+    expected = np.mean((s - s**2 / 4) ** 2)
+    error = boxes.mean((1, 2)).std() / np.sqrt(len(boxes))
+    assert boxes.mean() == pytest.approx(expected, abs=4 * error)
+    assert (images == constant_images()[0]).all()
+
+
+def test_mixup_and_cutmix_take_turns_by_chance():
+    images, labels = constant_images()
+    rng = np.random.default_rng(0)
+    whole = [hm.soften(images, labels, rng, 6, mixup=5.0, cutmix=1.0)[0] for _ in range(400)]
+    mixups = [len(np.unique(np.setdiff1d(mixed, images))) > 0 for mixed in whole]
+    assert np.mean(mixups) == pytest.approx(0.5, abs=0.1)
+
+
+def test_soft_batches_depend_on_seed_epoch_and_index_alone():
+    images, labels = constant_images(12)
+    train, _ = hm.make_softeners(settings_with(mixup=1.0), 12)
+    batches = [hm.Batches(images, labels, 4, seed, train) for seed in (1, 1, 2)]
+    shares = []
+    for batch, epoch in zip(batches, (3, 3, 3)):
+        batch.shuffle(epoch)
+        shares.append([batch[i][1].max() for i in (2, 1, 0, 1)])
+    assert shares[0] == shares[1] != shares[2] and shares[0][1] == shares[0][3]
+    batches[0].shuffle(4)
+    assert len({batches[0][0][1].max(), *shares[0]}) == 4
+
+
+def small_network(**changes):
+    """A compiled network with convolutions, norms and biases, with random weights."""
+    network = hm.build_model("interleaved", (8, 8, 3), 4, 4, 6, 2, 3, 5)
+    random_weights(network)
+    hm.compile_model(network, settings_with(batch_size=8, epochs=3, **changes), 24)
+    return network
+
+
+@pytest.mark.parametrize("decay_of", ["all", "kernels"])
+def test_weight_decay_acts_on_what_it_is_told_to(decay_of):
+    network = small_network(decay_of=decay_of, learning_rate=0.1, weight_decay=0.5)
+    weights = network.trainable_weights
+    before = [np.asarray(weight) for weight in weights]
+    network.optimizer.apply([np.zeros(weight.shape, "float32") for weight in weights])
+    for weight, old in zip(weights, before):
+        decays = decay_of == "all" or "kernel" in weight.name
+        expected = old * (1 - 0.1 * 0.5) if decays else old
+        np.testing.assert_allclose(np.asarray(weight), expected, rtol=1e-5, err_msg=weight.path)
+
+
+def test_training_ends_with_the_moving_average_of_all_steps_weights():
+    network, seen = small_network(ema=0.8, warmup_epochs=1), []
+
+    def record(batch, logs):
+        seen.append([np.asarray(weight) for weight in network.trainable_weights])
+
+    images = np.random.default_rng(0).normal(size=(24, 8, 8, 3)).astype("float32")
+    batches = hm.Batches(images, np.arange(24) % 4, 8)
+    callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=record)]
+    network.fit(batches, epochs=2, verbose=0, callbacks=callbacks)
+    average = seen[0]
+    for step in seen[1:]:
+        average = [0.8 * a + 0.2 * w for a, w in zip(average, step)]
+    assert len(seen) == 6
+    for weight, expected in zip(network.trainable_weights, average):
+        np.testing.assert_allclose(np.asarray(weight), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -801,6 +939,7 @@ import hybrid_mixer as hm
 settings = dict(hm.DEFAULTS)
 settings |= {"dataset": "shapes", "model": "interleaved", "seed": 3, "epochs": 12, "num_blocks": 2}
 settings |= {"batch_size": 64, "patch_size": 8, "hidden_dim": 16, "tokens_mlp_dim": 8}
+settings |= {"ema": 0.9, "label_smoothing": 0.1, "mixup": 0.2, "cutmix": 1.0}
 hm.train(settings, hm.draw_shapes(200, 40), pathlib.Path(sys.argv[1]))
 """
 
@@ -834,7 +973,13 @@ def assert_goes_on(folder, whole):
     assert histories(folder) == whole[1]
     assert len(whole[1]["shapes-interleaved-seed3.json"]["test_loss"]) == 12
     assert not list(folder.glob(".shapes*"))
-    keras.saving.load_model(folder / "shapes-interleaved-seed3.keras")
+    # The saved model is the one that was tested, with averaged weights, on labels left as they are.
+    model = keras.saving.load_model(folder / "shapes-interleaved-seed3.keras")
+    _, (images, labels), _ = hm.draw_shapes(200, 40)
+    logits = model.predict(images, verbose=0).astype("float64")
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    loss = whole[1]["shapes-interleaved-seed3.json"]["test_loss"][-1]
+    assert -logits[np.arange(40), labels].mean() == pytest.approx(loss, rel=1e-4)
     return done
 
 
@@ -1039,12 +1184,16 @@ NUMBERS = [name for name, (default, *_) in hm.SETTINGS.items() if not isinstance
 BAD = [(name, value) for name in NUMBERS for value in ("x", "-1", "", "1e999x")]
 BAD += [(name, value) for name in NUMBERS if isinstance(hm.SETTINGS[name][0], int)
         for value in ("0", "1.5", "nan")]  # fmt: skip
-BAD.remove(("image_size", "0"))  # It leaves images as they are.
+for name in ("image_size", "warmup_epochs", "conv_residual"):
+    BAD.remove((name, "0"))  # It leaves things as they are.
+BAD += [(name, value) for name in NUMBERS if isinstance(hm.SETTINGS[name][0], float)
+        for value in ("nan", "inf")]  # fmt: skip
+BAD += [("ema", "1"), ("label_smoothing", "1.1"), ("decay_of", "biases")]
 BAD += [("image_size", "64"), ("image_size", "99999999")]  # The shapes are 32 pixels wide.
 BAD += [(name, value) for name in ("schedule", "precision", "model") for value in ("x", "", "None")]
 BAD += [("model", "hybrid,"), ("model", "hybrid,vit"), ("seed", ""), ("seed", "-1"), ("seed", "0,x")]
 BAD += [("seed", "1.5"), ("dataset", ""), ("dataset", "shapes,"), ("dataset", "nosuchdata")]
-BAD += [("dropout", "1"), ("dropout", "7"), ("dropout", "nan"), ("patch_size", "33")]
+BAD += [("dropout", "1"), ("dropout", "7"), ("patch_size", "33")]
 BAD += [("patch_size", "5"), ("overwrite", "maybe"), ("plot", "2"), ("epoch", "1")]
 BAD += [("output_dir", "/dev/null"), ("output_dir", "/dev/null/folder")]
 
@@ -1091,7 +1240,7 @@ def test_what_is_not_a_flag_is_refused_and_so_is_an_empty_folder(main):
         *((hm.MixerBlock, {"tokens_mlp_dim": 4, "channels_mlp_dim": 4, "dropout": k}, "dropout")
           for k in (1, 1.0, -0.1, float("nan"), "0.1", None)),
         *((hm.build_model, {name: k}, "positive") for k in (0, -1, 1.5, "4", None)
-          for name in ("num_classes", "patch_size", "hidden_dim", "num_blocks")),
+          for name in ("num_classes", "patch_size", "hidden_dim", "num_blocks", "conv_every")),
         (hm.build_model, {"image_shape": (32, None, 3)}, "positive"),
     ],
 )  # fmt: skip
@@ -1176,6 +1325,7 @@ def test_rounds_are_paired_and_their_medians_taken():
 
 def test_benchmark_measures_every_model_against_mixer(tmp_path):
     small = ["--dataset", "shapes", "--batch_size", "32", "--output_dir", tmp_path, *TINY]
+    small += ["--mixup", "0.2", "--label_smoothing", "0.1", "--warmup_epochs", "2"]
     done = run_script("--benchmark", "--model", "hybrid", *small)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("benchmark-*.json")
