@@ -850,6 +850,7 @@ PAPER = {
     ("cifar10", "interleaved"): "82.27 (code)", ("cifar100", "interleaved"): "55.03 (code)",
 }  # fmt: skip
 STYLES = dict(zip(MODELS, [("tab:blue", "--"), ("tab:red", "-"), ("tab:green", "-.")]))
+MORE_STYLES = list(itertools.product(("tab:orange", "tab:purple", "tab:brown", "black"), "-:"))
 
 
 def load_groups(folder):
@@ -907,16 +908,26 @@ def format_table(rows):
     return "".join(f"| {line} |\n" for line in lines)
 
 
+def choose_styles(groups):
+    """Returns `{key: (colour, line)}`: those of the group's model, others where they are taken."""
+    styles, more = {}, itertools.cycle(MORE_STYLES)
+    for key in groups:
+        own = STYLES[key[2]]
+        styles[key] = next(more) if own in styles.values() else own
+    return styles
+
+
 def plot_curves(groups, names, authors, path):
     """Draws two histories of each group; several seeds as mean +- deviation, authors as dots."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4 + 0.2 * len(groups)), layout="constrained")
     for axis, name in zip(figure.subplots(1, 2, sharey=names[1] == "test_loss"), names):
-        for (dataset, changed, model), seeds in groups.items():
+        for key, (color, line) in choose_styles(groups).items():
+            (dataset, changed, model), seeds = key, groups[key]
             values = np.array([run["history"][name] for run in seeds.values()])
             mean, std = values.mean(0), values.std(0, ddof=int(len(values) > 1))
-            epochs, (color, line) = np.arange(1, len(mean) + 1), STYLES[model]
+            epochs = np.arange(1, len(mean) + 1)
             axis.plot(epochs, mean, line, color=color, label=f"{model} {changed}")
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
             theirs = authors.get(f"{dataset}/{model}", {}).get(name, [])

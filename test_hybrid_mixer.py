@@ -1395,6 +1395,13 @@ def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path, capsys):
     assert (tmp_path / "table.md").read_text() == table
 
 
+def test_no_two_curves_of_a_plot_look_the_same():
+    keys = [("shapes", changed, m) for changed in ("", "epochs 2", "ema 0.9") for m in hm.MODELS]
+    styles = hm.choose_styles(keys)
+    assert len(set(styles.values())) == len(keys) == 9
+    assert [styles[key] for key in keys[:3]] == list(hm.STYLES.values())
+
+
 def test_the_authors_curves_have_the_papers_table_as_their_best_epochs():
     curves = json.loads((HERE / "results" / "published" / "authors.json").read_text())
     assert "github.com/GeorgeKanazi/HybridMixer" in curves.pop("source")
