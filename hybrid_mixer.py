@@ -185,7 +185,7 @@ class MixerBlock(layers.Layer):
 
 # ------------------------------------------------------------------------------------ models
 # All that the models differ in: is there a stem after patch embedding, and does another
-# convolution of the same kind stand after every second Mixer block (`conv_every`).
+# convolution of the same kind stand after every so many Mixer blocks (`conv_every`).
 MODELS = {"mixer": (False, False), "hybrid": (True, False), "interleaved": (True, True)}
 
 
@@ -496,7 +496,12 @@ class Batches(keras.utils.PyDataset):
         return images[mine], labels[mine]
 
 
-SOFT = ("label_smoothing", "mixup", "cutmix")  # Settings that need soft labels.
+SOFT = ("label_smoothing", "mixup", "cutmix")
+
+
+def needs_soft_labels(settings):
+    """Tells whether train labels are shares of several classes, not the number of one."""
+    return any(settings[name] for name in SOFT)
 
 
 def soften(images, labels, rng, num_classes, label_smoothing=0, mixup=0, cutmix=0):
@@ -533,9 +538,9 @@ def soften(images, labels, rng, num_classes, label_smoothing=0, mixup=0, cutmix=
 
 def make_softeners(settings, num_classes):
     """Returns `soften` for train and test batches as `settings` say, or `None` for both."""
-    chosen = {name: settings[name] for name in SOFT}
-    if not any(chosen.values()):
+    if not needs_soft_labels(settings):
         return None, None
+    chosen = {name: settings[name] for name in SOFT}
     return [functools.partial(soften, num_classes=num_classes, **kw) for kw in (chosen, {})]
 
 
@@ -666,7 +671,7 @@ def compile_model(model, settings, num_images):
     if settings["decay_of"] == "kernels":
         others = [weight for weight in model.trainable_weights if len(weight.shape) < 2]
         optimizer.exclude_from_weight_decay(var_list=others)
-    kind = "" if any(settings[name] for name in SOFT) else "Sparse"
+    kind = "" if needs_soft_labels(settings) else "Sparse"
     model.compile(
         optimizer,
         getattr(keras.losses, kind + "CategoricalCrossentropy")(from_logits=True),
