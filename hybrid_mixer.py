@@ -184,27 +184,31 @@ class MixerBlock(layers.Layer):
 
 
 # ------------------------------------------------------------------------------------ models
-# All that the models differ in: is there a stem after patch embedding, and does another
-# convolution of the same kind stand after every so many Mixer blocks (`conv_every`).
-MODELS = {"mixer": (False, False), "hybrid": (True, False), "interleaved": (True, True)}
+# All that the models differ in: is there a stem after patch embedding, and after every how many
+# Mixer blocks does another convolution of the same kind stand (0: after none).
+MODELS = {
+    "mixer": (False, 0), "hybrid": (True, 0), "interleaved": (True, 2),
+    "interleaved_4": (True, 4), "interleaved_3": (True, 3), "interleaved_1": (True, 1),
+}  # fmt: skip
 
 
 def build_model(
     model="hybrid", image_shape=(32, 32, 3), num_classes=10, patch_size=4, hidden_dim=128,
     num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=256, dropout=0.15,
-    kernel_size=3, conv_every=2, conv_residual=False,
+    kernel_size=3, conv_residual=False,
 ):  # fmt: skip
     """Builds an MLP-Mixer, with the paper's convolution stem or without.
 
     Args:
         model: `"mixer"` (the baseline), `"hybrid"` (the stem once, as in the paper's text) or
-            `"interleaved"` (also between the blocks, as in its authors' code).
+            `"interleaved"` (also after every 2nd block, as in its authors' code);
+            `"interleaved_4"`, `"interleaved_3"`, `"interleaved_1"`: after every 4th, 3rd, block.
         image_shape: `(height, width, channels)`, height and width multiples of `patch_size`.
         num_classes, patch_size (pixels), hidden_dim (channels of a token), num_blocks: int.
         tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
         kernel_size: int, of each `ConvStem`.
-        conv_every: int, `"interleaved"` has a convolution after every so many blocks.
-        conv_residual: bool, whether those add to their input instead of replacing it.
+        conv_residual: bool, whether the convolutions between blocks add to their input instead of
+            replacing it.
 
     Returns a Functional `keras.Model` from normalised images `(batch, height, width, channels)` to
     float32 logits `(batch, num_classes)`, its weights in the order of the data's way. Raises
@@ -212,14 +216,14 @@ def build_model(
     """
     if model not in MODELS:
         raise ValueError(f"`model` must be one of {', '.join(MODELS)}. Received: {model!r}")
-    for size in (*image_shape, num_classes, patch_size, hidden_dim, num_blocks, conv_every):
+    for size in (*image_shape, num_classes, patch_size, hidden_dim, num_blocks):
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"Sizes must be positive ints. Received: {size!r}")
     height, width, channels = image_shape
     if height % patch_size or width % patch_size:
         raise ValueError(f"Height and width must be multiples of `patch_size` {patch_size}. "
                          f"Received: image_shape={image_shape}")  # fmt: skip
-    has_stem, is_interleaved = MODELS[model]
+    has_stem, conv_every = MODELS[model]
     grid = (height // patch_size, width // patch_size, hidden_dim)
     to_grid, to_tokens = layers.Reshape(grid), layers.Reshape((grid[0] * grid[1], hidden_dim))
 
@@ -237,7 +241,7 @@ def build_model(
     x = to_tokens(x)
     for i in range(1, num_blocks + 1):
         x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, dropout, name=f"block_{i}")(x)
-        if is_interleaved and i % conv_every == 0:
+        if conv_every and i % conv_every == 0:
             y = to_tokens(ConvStem(kernel_size, name=f"conv_{i}")(to_grid(x)))
             x = layers.Add()([x, y]) if conv_residual else y
     x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
@@ -599,6 +603,8 @@ class EpochState(keras.callbacks.Callback):
         if not math.isfinite(logs["loss"]):
             raise UserError("The loss is no longer finite: try a smaller --learning_rate.")
 
+    on_test_batch_end = on_train_batch_end
+
     def on_test_begin(self, logs=None):
         self.train_seconds = time.perf_counter() - self.begun
 
@@ -608,7 +614,6 @@ class EpochState(keras.callbacks.Callback):
             "test_loss": logs["val_loss"], "test_accuracy": logs["val_accuracy"],
             "train_seconds": self.train_seconds, "seconds": time.perf_counter() - self.begun,
         }  # fmt: skip
-        self.on_train_batch_end(epoch, {"loss": row["test_loss"]})
         for name, value in row.items():
             self.history.setdefault(name, []).append(float(value))
         write_atomically(self.path, self.save)
@@ -854,7 +859,8 @@ PAPER = {
     ("cifar10", "hybrid"): "82.27 (text)", ("cifar100", "hybrid"): "55.03 (text)",
     ("cifar10", "interleaved"): "82.27 (code)", ("cifar100", "interleaved"): "55.03 (code)",
 }  # fmt: skip
-STYLES = dict(zip(MODELS, [("tab:blue", "--"), ("tab:red", "-"), ("tab:green", "-.")]))
+COLORS = "tab:blue", "tab:red", "tab:green", "tab:olive", "tab:cyan", "tab:pink"
+STYLES = dict(zip(MODELS, zip(COLORS, ("--", "-", "-.", "-.", "-.", "-."))))
 MORE_STYLES = list(itertools.product(("tab:orange", "tab:purple", "tab:brown", "black"), "-:"))
 
 
@@ -1166,8 +1172,7 @@ SETTINGS = {
     "image_size": (0, 0, "Height and width that images are resized to; 0 leaves them."),
     # Beyond the paper:
     "kernel_size": (3, 1, "Height and width of the depthwise filters."),
-    "conv_every": (2, 1, "Mixer blocks from one convolution of interleaved to the next."),
-    "conv_residual": (False, None, "Add those convolutions to their input."),
+    "conv_residual": (False, None, "Add the convolutions between blocks to their input."),
     "warmup_epochs": (0, 0, "Epochs in which the learning rate rises."),
     "decay_of": ("all", ["all", "kernels"], "What weight decay acts on."),
     "ema": (0.0, (0.0, 0.99999), "Momentum of the moving average of weights; 0 for none."),
