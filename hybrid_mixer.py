@@ -201,8 +201,8 @@ def build_model(
 
     Args:
         model: `"mixer"` (the baseline), `"hybrid"` (the stem once, as in the paper's text) or
-            `"interleaved"` (also after every 2nd block, as in its authors' code);
-            `"interleaved_4"`, `"interleaved_3"`, `"interleaved_1"`: after every 4th, 3rd, block.
+            `"interleaved"` (also after every 2nd block, as in its authors' code); beyond the paper
+            `"interleaved_4"`, `"interleaved_3"`, `"interleaved_1"` (after every 4th, 3rd, 1st).
         image_shape: `(height, width, channels)`, height and width multiples of `patch_size`.
         num_classes, patch_size (pixels), hidden_dim (channels of a token), num_blocks: int.
         tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
