@@ -1055,7 +1055,7 @@ def test_control_c_stops_soon_and_says_how_to_go_on(tmp_path):
     process = start_python(SCRIPT, "--dataset", "shapes", "--output_dir", tmp_path, *TINY)
     wait_for(lambda: list(tmp_path.glob(".shapes*.npz")), process)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=100)
+    _, told = process.communicate(timeout=20)
     assert process.returncode == 1 and "Traceback" not in told
     assert told.splitlines()[-1].endswith("the same command goes on after the last whole epoch.")
 
