@@ -314,6 +314,22 @@ def load_data(name, data_dir=None, image_size=0):
     return train, test, features[1].names
 
 
+def hold_out(data, share):
+    """Returns data without its test images: the last share of the train images takes their place.
+
+    Args:
+        data: what `load_data` returns.
+        share: float in `(0, 1)`, of the train images.
+
+    Raises `UserError` where the images aren't in memory.
+    """
+    (images, labels), _, class_names = data
+    if isinstance(images, Stream):
+        raise UserError("Only images that memory holds can be held out: drop --validation_split.")
+    cut = len(images) - math.ceil(share * len(images))
+    return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), class_names
+
+
 IN_MEMORY = 2**32  # Larger data sets are read from their files in every epoch.
 
 
@@ -1170,6 +1186,7 @@ SETTINGS = {
     "channels_mlp_dim": (256, 1, "Hidden width of the MLP across channels."),
     "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
     "image_size": (0, 0, "Height and width that images are resized to; 0 leaves them."),
+    "validation_split": (0.0, (0.0, 0.9), "Last share of train images to test on; 0 for none."),
     # Beyond the paper:
     "kernel_size": (3, 1, "Height and width of the depthwise filters."),
     "conv_residual": (False, None, "Add the convolutions between blocks to their input."),
@@ -1242,6 +1259,8 @@ def sweep(values, folder):
     check_processes_agree(runs)
     for dataset, group in itertools.groupby(runs, lambda settings: settings["dataset"]):
         data = load_data(dataset, values["data_dir"], values["image_size"])
+        if values["validation_split"]:
+            data = hold_out(data, values["validation_split"])
         for settings in group:
             train(settings, data, folder)
             if find_process()[0] == 0:

@@ -938,6 +938,29 @@ def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(sw
     assert {p.name: p.stat().st_mtime_ns for p in folder.glob("*.json")} == before
 
 
+def test_held_out_images_leave_training_and_are_what_is_tested(main, monkeypatch, tmp_path):
+    train, test, names = hm.draw_shapes(200, 40)
+    (x, y), (x_held, y_held), _ = hm.hold_out((train, test, names), 0.1)
+    assert len(x) == 180 and len(x_held) == 20
+    np.testing.assert_array_equal(np.concatenate([x, x_held]), train[0])
+    np.testing.assert_array_equal(np.concatenate([y, y_held]), train[1])
+    unseen = (test[0], np.full(40, -1))  # Whoever looks at the test split gets nothing right.
+    monkeypatch.setattr(hm, "load_data", lambda *_: (train, unseen, names))
+    main("--model=mixer", "--epochs=2", "--validation_split=0.1", *TINY)
+    result = json.loads((tmp_path / "shapes-mixer-seed0.json").read_text())
+    model = keras.saving.load_model(tmp_path / "shapes-mixer-seed0.keras")
+    logits = model.predict(train[0][180:], verbose=0).astype("float64")
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    loss = -logits[np.arange(20), train[1][180:]].mean()
+    assert result["final_test_loss"] == pytest.approx(loss, rel=1e-4)
+    assert result["settings"]["validation_split"] == 0.1
+
+
+def test_streamed_images_cannot_be_held_out(streamed):
+    with pytest.raises(hm.UserError, match="--validation_split"):
+        hm.hold_out(streamed, 0.1)
+
+
 def test_other_settings_are_refused_and_named(swept):
     folder, _, _ = swept
     before = (folder / "shapes-mixer-seed0.json").read_bytes()
@@ -1205,7 +1228,7 @@ for name in ("image_size", "warmup_epochs", "conv_residual"):
     BAD.remove((name, "0"))  # It leaves things as they are.
 BAD += [(name, value) for name in NUMBERS if isinstance(hm.SETTINGS[name][0], float)
         for value in ("nan", "inf")]  # fmt: skip
-BAD += [("ema", "1"), ("label_smoothing", "1.1"), ("decay_of", "biases")]
+BAD += [("ema", "1"), ("label_smoothing", "1.1"), ("validation_split", "1"), ("decay_of", "biases")]
 BAD += [("image_size", "64"), ("image_size", "99999999")]  # The shapes are 32 pixels wide.
 BAD += [(name, value) for name in ("schedule", "precision", "model") for value in ("x", "", "None")]
 BAD += [("model", "hybrid,"), ("model", "hybrid,vit"), ("seed", ""), ("seed", "-1"), ("seed", "0,x")]
