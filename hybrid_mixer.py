@@ -1074,12 +1074,17 @@ def make_measures(settings, data):
 
 def measure_scaling(settings, data):
     """Returns `{flag: [[factor, seconds of a step], ...]}` for half and double the default size."""
-    scaling = {}
-    for flag, factor in itertools.product(("num_blocks", "hidden_dim", "patch_size"), (0.5, 1, 2)):
+
+    @functools.cache  # Factor 1 is one model for all flags.
+    def time_step(*sizes):
+        _, measures = make_measures({**settings, **dict(zip(scaled, sizes))}, data)
+        return float(np.median(measures["step_without_input"]()))
+
+    scaled, scaling = ("num_blocks", "hidden_dim", "patch_size"), {}
+    for flag, factor in itertools.product(scaled, (0.5, 1, 2)):
         with contextlib.suppress(UserError):  # Not every size fits the images.
-            _, measures = make_measures({**settings, flag: int(settings[flag] * factor)}, data)
-            seconds = float(np.median(measures["step_without_input"]()))
-            scaling.setdefault(flag, []).append([factor, seconds])
+            sizes = [int(settings[name] * (factor if name == flag else 1)) for name in scaled]
+            scaling.setdefault(flag, []).append([factor, time_step(*sizes)])
     return scaling
 
 
@@ -1126,10 +1131,11 @@ def summarize_rounds(rounds, name):
 
 def make_speed_table(result):
     """Returns a Markdown table with a column for each model that `benchmark` has measured."""
+    models, formats = result["models"].values(), {"parameters": ",", "macs_per_image": ","}
+    formats["test_accuracy_percent"] = ".2f"
     rows = [["", *result["models"]]]
-    for key in result["models"]["mixer"]:
-        values = [row[key] for row in result["models"].values()]
-        texts = [f"{v:,}" if isinstance(v, int) else f"{v:,.3g}" for v in values]
+    for key in dict.fromkeys(itertools.chain(*models)):
+        texts = [format(row[key], formats.get(key, ",.3g")) if key in row else "" for row in models]
         rows.append([key.replace("_", " "), *texts])
     return format_table(rows)
 
@@ -1137,6 +1143,7 @@ def make_speed_table(result):
 def benchmark(values, folder, num_rounds=10):
     """Measures the models in turn, round by round since machines drift; returns a table.
 
+    Where `folder` has results of a model with the same settings, their test accuracy is named too.
     Writes benchmark-{device}.json and, beside it, the table and a plot of how a step scales.
     """
     settings = {**{name: values[name] for name in SETTINGS}, "dataset": values["dataset"][0]}
@@ -1156,7 +1163,11 @@ def benchmark(values, folder, num_rounds=10):
         "models": {n: facts | summarize_rounds(rounds[1:], n) for n, (facts, _) in models.items()},
         "scaling": measure_scaling({**settings, "model": "mixer"}, data),
     }  # fmt: skip
-    for row in result["models"].values():
+    trained = load_groups(folder)
+    for name, row in result["models"].items():
+        runs = trained.get((settings["dataset"], unusual(settings), name), {}).values()
+        if runs:
+            row["test_accuracy_percent"] = float(np.mean([run["accuracy"] for run in runs]))
         row["training_images_per_second"] = 1000 * settings["batch_size"] / row["training_ms"]
         row["matrix_products_share_of_training"] = 1000 * seconds / row["training_ms"]
     table = make_speed_table(result)

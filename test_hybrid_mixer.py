@@ -924,7 +924,9 @@ def test_sweep_writes_results_models_plots_and_table(swept):
     assert not model.compiled
 
 
-def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(swept, tmp_path):
+def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(
+    swept, main, tmp_path, capsys
+):
     folder, command, _ = swept
     alone = run_script("--dataset", "shapes", "--model", "hybrid", "--seed", "1", "--epochs", "2",
                        "--output_dir", tmp_path, *TINY)  # fmt: skip
@@ -933,8 +935,8 @@ def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(sw
     assert histories(tmp_path) == {"shapes-hybrid-seed1.json": second}
     assert first != second
     before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.json")}
-    again = run_script(*command)
-    assert again.returncode == 0 and again.stdout.count("is done already") == 6
+    main(*map(str, command))
+    assert capsys.readouterr().out.count("is done already") == 6
     assert {p.name: p.stat().st_mtime_ns for p in folder.glob("*.json")} == before
 
 
@@ -961,13 +963,11 @@ def test_streamed_images_cannot_be_held_out(streamed):
         hm.hold_out(streamed, 0.1)
 
 
-def test_other_settings_are_refused_and_named(swept):
-    folder, _, _ = swept
+def test_other_settings_are_refused_and_named(swept, main):
+    folder, command, _ = swept
     before = (folder / "shapes-mixer-seed0.json").read_bytes()
-    done = run_script("--dataset", "shapes", "--model", "mixer", "--epochs", "2",
-                      "--dropout", "0.4", "--output_dir", folder, *TINY)  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "dropout 0.15 there, 0.4 here" in done.stderr and "--overwrite" in done.stderr
+    with pytest.raises(SystemExit, match="dropout 0.15 there, 0.4 here.*--overwrite"):
+        main(*map(str, command), "--dropout=0.4")
     assert (folder / "shapes-mixer-seed0.json").read_bytes() == before
 
 
@@ -1230,7 +1230,8 @@ BAD += [(name, value) for name in NUMBERS if isinstance(hm.SETTINGS[name][0], fl
         for value in ("nan", "inf")]  # fmt: skip
 BAD += [("ema", "1"), ("label_smoothing", "1.1"), ("validation_split", "1"), ("decay_of", "biases")]
 BAD += [("image_size", "64"), ("image_size", "99999999")]  # The shapes are 32 pixels wide.
-BAD += [(name, value) for name in ("schedule", "precision", "model") for value in ("x", "", "None")]
+BAD += [(name, value) for name in ("schedule", "precision", "model")
+        for value in ("x", "", "None")]  # fmt: skip
 BAD += [("model", "hybrid,"), ("model", "hybrid,vit"), ("seed", ""), ("seed", "-1"), ("seed", "0,x")]
 BAD += [("seed", "1.5"), ("dataset", ""), ("dataset", "shapes,"), ("dataset", "nosuchdata")]
 BAD += [("dropout", "1"), ("dropout", "7"), ("patch_size", "33")]
@@ -1366,6 +1367,12 @@ def test_rounds_are_paired_and_their_medians_taken():
 def test_benchmark_measures_every_model_against_mixer(tmp_path):
     small = ["--dataset", "shapes", "--batch_size", "32", "--output_dir", tmp_path, *TINY]
     small += ["--mixup", "0.2", "--label_smoothing", "0.1", "--warmup_epochs", "2"]
+    names = ("hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
+    changes = dict(zip(names, (16, 2, 8, 16)), dataset="shapes", batch_size=32)
+    changes |= {"mixup": 0.2, "label_smoothing": 0.1, "warmup_epochs": 2}
+    for seed, (accuracy, epochs) in enumerate([(0.75125, 30), (0.75375, 30), (0.5, 29)]):
+        run = fake_run("hybrid", seed, accuracy, 0.9, **changes, epochs=epochs)
+        (tmp_path / f"shapes-hybrid-seed{seed}.json").write_text(json.dumps(run))
     done = run_script("--benchmark", "--model", "hybrid", *small)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("benchmark-*.json")
@@ -1373,6 +1380,8 @@ def test_benchmark_measures_every_model_against_mixer(tmp_path):
     assert list(result["models"]) == ["mixer", "hybrid"]
     table = path.with_suffix(".md").read_text()
     assert table in done.stdout
+    # Of the runs with these settings alone, and empty where there is none.
+    assert "| test accuracy percent |  | 75.25 |\n" in table
     for key, label in (("training_ms", "training ms"), ("parameters", "parameters")):
         (line,) = re.findall(rf"^\| {label} \| (.*) \|$", table, re.MULTILINE)
         for shown, row in zip(line.replace(",", "").split(" | "), result["models"].values()):
@@ -1389,7 +1398,7 @@ def test_benchmark_measures_every_model_against_mixer(tmp_path):
         name: [0.5, 1, 2] for name in ("num_blocks", "hidden_dim", "patch_size")
     }
     assert 0.1 < result["peak_memory_gigabytes"] < 100
-    assert not list(tmp_path.glob("*seed*"))
+    assert len(list(tmp_path.glob("*seed*"))) == 3
 
 
 # ---------------------------------------------------------------------------------- results
@@ -1538,11 +1547,10 @@ def test_readme_shows_what_the_benchmark_has_measured(path):
     assert f"{result['matrix_products_ms']:.0f} ms" in readme
 
 
-def test_a_damaged_result_is_named(tmp_path):
+def test_a_damaged_result_is_named(main, tmp_path):
     (tmp_path / "shapes-hybrid-seed0.json").write_text('{"settings": ')
-    done = run_script("--dataset", "shapes", "--output_dir", tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "shapes-hybrid-seed0.json is damaged" in done.stderr
+    with pytest.raises(SystemExit, match="shapes-hybrid-seed0.json is damaged"):
+        main()
 
 
 def test_readmes_snippets_run(tmp_path):
