@@ -971,15 +971,16 @@ def plot_accuracy(groups, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 + 1.2 * len(groups), 6), layout="constrained")
-    axis = figure.subplots()
+    axis, gains = figure.subplots(), {key: format_gain(groups, key) for key in groups}
     for key, seeds in groups.items():
         dataset, changed, model = key
         values = [run["accuracy"] for run in seeds.values()]
         std = np.std(values, ddof=int(len(values) > 1))
         name = "\n".join([dataset, model, *changed.split(", ")])
         bar = axis.bar(name, np.mean(values), yerr=std, color=STYLES[model][0])
-        axis.bar_label(bar, [format_gain(groups, key)], padding=4)
-    axis.set(title="Points gained over mixer above the bars", ylabel="final test accuracy, %")
+        axis.bar_label(bar, [gains[key]], padding=4)
+    title = "Points gained over mixer above the bars" if any(gains.values()) else ""
+    axis.set(title=title, ylabel="final test accuracy, %")
     axis.margins(y=0.12)
     axis.tick_params(labelsize="small")
     figure.savefig(path, dpi=120)
