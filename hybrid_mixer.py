@@ -22,6 +22,7 @@ import pathlib
 import platform
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import timeit
@@ -917,12 +918,14 @@ def make_table(groups):
     rows = [head]
     for key, seeds in groups.items():
         (dataset, changed, model), runs = key, list(seeds.values())
+        # The paper trains 30 epochs on the whole train split.
+        alike = all(runs[0]["settings"][k] == DEFAULTS[k] for k in ("epochs", "validation_split"))
         rows.append([
             dataset, model, changed or "defaults", f"{runs[0]['parameters']:,}",
             mean_std([run["accuracy"] for run in runs]), format_gain(groups, key),
             ", ".join(map(str, sorted(seeds))),
             mean_std([100 * run["best_test_accuracy_selected_on_test"] for run in runs]),
-            PAPER.get((dataset, model), ""),
+            PAPER.get((dataset, model), "") if alike else "",
             f"{np.median([run['seconds_per_epoch'] for run in runs]):.3g}",
             *("; ".join(sorted({run[k] for run in runs})) for k in ("device", "backend")),
         ])  # fmt: skip
@@ -948,20 +951,23 @@ def plot_curves(groups, names, authors, path):
     """Draws two histories of each group; several seeds as mean +- deviation, authors as dots."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4 + 0.2 * len(groups)), layout="constrained")
+    labels = {key: textwrap.fill(f"{key[2]} {key[1]}", 100) for key in groups}
+    num_lines = "\n".join(labels.values()).count("\n") + 1
+    figure = Figure(figsize=(10, 4 + 0.2 * num_lines), layout="constrained")
     for axis, name in zip(figure.subplots(1, 2, sharey=names[1] == "test_loss"), names):
         for key, (color, line) in choose_styles(groups).items():
-            (dataset, changed, model), seeds = key, groups[key]
+            (dataset, _, model), seeds = key, groups[key]
             values = np.array([run["history"][name] for run in seeds.values()])
             mean, std = values.mean(0), values.std(0, ddof=int(len(values) > 1))
             epochs = np.arange(1, len(mean) + 1)
-            axis.plot(epochs, mean, line, color=color, label=f"{model} {changed}")
+            axis.plot(epochs, mean, line, color=color, label=labels[key])
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
             theirs = authors.get(f"{dataset}/{model}", {}).get(name, [])
             axis.plot(range(1, len(theirs) + 1), theirs, ".", color=color,
                       label=f"{model}, the authors" if theirs else None)  # fmt: skip
         unit = "cross-entropy" if name.endswith("loss") else "fraction of the images"
         axis.set(title=f"{dataset}, {name.replace('_', ' ')}", xlabel="epoch", ylabel=unit)
+        axis.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center")
     figure.savefig(path, dpi=120)
 
@@ -1210,6 +1216,12 @@ SETTINGS = {
     "cutmix": (0.0, (0.0, 100.0), "CutMix's alpha; 0 for none."),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
+RECIPES = {  # Other defaults; a flag that is given has the last word.
+    "strong": {
+        "conv_residual": True, "channels_mlp_dim": 248, "dropout": 0.0, "warmup_epochs": 2,
+        "decay_of": "kernels", "weight_decay": 0.05, "label_smoothing": 0.1,
+    },
+}  # fmt: skip
 LISTS = {  # Default, what is valid, meaning; every combination is a run.
     "dataset": ("cifar10", bool, "cifar10, cifar100, shapes or names of tfds"),
     "model": ("hybrid", MODELS.__contains__, ", ".join(MODELS)),
@@ -1233,6 +1245,7 @@ def define_flags():
         text = f"one or several, with commas between them, of: {text}"
         flags.DEFINE_list(name, default, text)
         flags.register_validator(name, lambda v, ok=valid: v and all(map(ok, v)), f"must be {text}")
+    flags.DEFINE_enum("recipe", None, list(RECIPES), "Defaults of other flags, by name.")
     flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
     flags.DEFINE_string("output_dir", "results", "Folder of results, models, plots and table.")
     flags.DEFINE_boolean("overwrite", False, "Run what has a result already, replacing it.")
@@ -1283,6 +1296,8 @@ def main(argv):
     """Does what the flags say; exits with status 1 and one sentence where the user must act."""
     logging.set_verbosity(logging.WARNING)  # tensorflow-datasets logs every file that it opens.
     values = flags.FLAGS.flag_values_dict()
+    recipe = RECIPES.get(values["recipe"], {})
+    values |= {k: v for k, v in recipe.items() if not flags.FLAGS[k].present}
     folder = pathlib.Path(values["output_dir"])
     try:
         if argv[1:]:
