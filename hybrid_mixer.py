@@ -1082,16 +1082,16 @@ def make_measures(settings, data):
 def measure_scaling(settings, data):
     """Returns `{flag: [[factor, seconds of a step], ...]}` for half and double the default size."""
 
-    @functools.cache  # Factor 1 is one model for all flags.
-    def time_step(*sizes):
-        _, measures = make_measures({**settings, **dict(zip(scaled, sizes))}, data)
+    def time_step(settings):
+        _, measures = make_measures(settings, data)
         return float(np.median(measures["step_without_input"]()))
 
-    scaled, scaling = ("num_blocks", "hidden_dim", "patch_size"), {}
-    for flag, factor in itertools.product(scaled, (0.5, 1, 2)):
+    default, scaling = time_step(settings), {}
+    for flag, factor in itertools.product(("num_blocks", "hidden_dim", "patch_size"), (0.5, 1, 2)):
         with contextlib.suppress(UserError):  # Not every size fits the images.
-            sizes = [int(settings[name] * (factor if name == flag else 1)) for name in scaled]
-            scaling.setdefault(flag, []).append([factor, time_step(*sizes)])
+            scaled = {**settings, flag: int(settings[flag] * factor)}
+            seconds = default if factor == 1 else time_step(scaled)
+            scaling.setdefault(flag, []).append([factor, seconds])
     return scaling
 
 

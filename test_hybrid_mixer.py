@@ -72,6 +72,13 @@ def histories(folder):
     return found
 
 
+def cross_entropy(model, images, labels):
+    """Returns the mean loss of a model from images to logits, by NumPy."""
+    logits = model.predict(images, verbose=0).astype("float64")
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    return -logits[np.arange(len(labels)), labels].mean()
+
+
 # --------------------------------------------------------------------- NumPy implementation
 
 
@@ -951,9 +958,7 @@ def test_held_out_images_leave_training_and_are_what_is_tested(main, monkeypatch
     main("--model=mixer", "--epochs=2", "--validation_split=0.1", *TINY)
     result = json.loads((tmp_path / "shapes-mixer-seed0.json").read_text())
     model = keras.saving.load_model(tmp_path / "shapes-mixer-seed0.keras")
-    logits = model.predict(train[0][180:], verbose=0).astype("float64")
-    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
-    loss = -logits[np.arange(20), train[1][180:]].mean()
+    loss = cross_entropy(model, train[0][180:], train[1][180:])
     assert result["final_test_loss"] == pytest.approx(loss, rel=1e-4)
     assert result["settings"]["validation_split"] == 0.1
 
@@ -1015,10 +1020,8 @@ def assert_goes_on(folder, whole):
     # The saved model is the one that was tested, with averaged weights, on labels left as they are.
     model = keras.saving.load_model(folder / "shapes-interleaved-seed3.keras")
     _, (images, labels), _ = hm.draw_shapes(200, 40)
-    logits = model.predict(images, verbose=0).astype("float64")
-    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
     loss = whole[1]["shapes-interleaved-seed3.json"]["test_loss"][-1]
-    assert -logits[np.arange(40), labels].mean() == pytest.approx(loss, rel=1e-4)
+    assert cross_entropy(model, images, labels) == pytest.approx(loss, rel=1e-4)
     return done
 
 
