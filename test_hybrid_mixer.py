@@ -1556,20 +1556,19 @@ def test_readmes_sentences_say_what_the_results_do():
     assert {**hm.DEFAULTS, **recipe, "warmup_epochs": 0, "epochs": 3, "validation_split": 0.1} in [
         {name: run["settings"][name] for name in hm.SETTINGS} for run in parts
     ]
-    strong_runs = hm.load_groups(HERE / "results" / "strong")
-    strong_runs = {key[0]: seeds[0] for key, seeds in strong_runs.items()}
-    assert all(run["parameters"] <= 700_000 for run in strong_runs.values())
-    for run in strong_runs.values():
-        assert {**hm.DEFAULTS, **recipe}.items() <= run["settings"].items()
-    reached = [strong_runs[name]["accuracy"] for name in datasets]
+    whole = [seeds[0] for seeds in hm.load_groups(HERE / "results" / "strong").values()]
+    for run, name in zip(whole, datasets, strict=True):
+        assert {**hm.DEFAULTS, **recipe, "dataset": name}.items() <= run["settings"].items()
+        assert run["parameters"] <= 700_000
+    reached = [run["accuracy"] for run in whole]
     paid = [new - run["interleaved"]["accuracy"] for new, run in zip(reached, runs)]
-    test_loss = strong_runs["cifar100"]["history"]["test_loss"]
+    test_loss = whole[1]["history"]["test_loss"]
     assert np.argmin(runs[1]["interleaved"]["history"]["test_loss"]) == 29
     for text in (
         f"it gains {paid[0]:.2f} points on CIFAR-10, which reaches {reached[0]:.2f} %, but no "
-        f"more than {paid[1]:.2f} on CIFAR-100, at {reached[1]:.2f} %. There the test loss is lowest after "
-        f"epoch {np.argmin(test_loss) + 1} and {test_loss[-1] - min(test_loss):.2f} higher at the "
-        "end",
+        f"more than {paid[1]:.2f} on CIFAR-100, at {reached[1]:.2f} %. There the test loss is "
+        f"lowest after epoch {np.argmin(test_loss) + 1} and "
+        f"{test_loss[-1] - min(test_loss):.2f} higher at the end",
         f"without dropout {part[0, False, 3, 'all'] - default:.2f} points are gained, by residual "
         f"convolutions {part[0.15, True, 3, 'all'] - default:.2f}, by both "
         f"{part[0, True, 3, 'all'] - default:.2f}; 5x5 filters lose "
