@@ -47,6 +47,7 @@ class ConvStem(layers.Layer):
 
     `gelu(batch_norm(pointwise(depthwise(x))))`: 3x3 and 1x1, both without bias, 17,536 weights for
     128 channels. The paper's text has the two convolutions alone, its authors' code all four.
+    Between blocks of the Mixer, the same layer serves again.
 
     Args:
         linear: bool, whether to leave out batch norm and GELU. Defaults to `False`.
@@ -183,13 +184,17 @@ class MixerBlock(layers.Layer):
 
 
 # ------------------------------------------------------------------------------------ models
+class UserError(ValueError):
+    """One sentence for whoever gave the command: what is wrong and what to do."""
+
+
 class Design(NamedTuple):
     """What a model has beside patch embedding, Mixer blocks and head."""
 
-    stem: dict | None = None  # Arguments of the `ConvStem` after patch embedding.
-    conv_every: int = 0  # Another one stands after every so many blocks; 0: after none,
-    max_convs: int | None = None  # but no more of them than this,
-    residual: bool = False  # each added to its input or not.
+    stem: dict | None = None  # Arguments of a `ConvStem` behind patch embedding; None: no stem.
+    conv_every: int = 0  # A `ConvStem` stands behind every so many blocks; 0: behind none.
+    max_convs: int | None = None  # At most so many stand behind blocks; None: no limit.
+    residual: bool = False  # Whether those behind blocks are added to their input.
 
 
 MODELS = {
@@ -221,6 +226,7 @@ def build_model(
     """Builds one of the `MODELS`: by default what the paper's text describes.
 
     Args:
+        model: str, a key of `MODELS`.
         image_shape: `(height, width, channels)`, height and width multiples of `patch_size`.
         num_classes, patch_size (pixels), hidden_dim (channels of a token), num_blocks: int.
         tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
@@ -257,8 +263,7 @@ def build_model(
 
 
 # -------------------------------------------------------------------------------------- data
-class UserError(ValueError):
-    """One sentence for whoever gave the command: what is wrong and what to do."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def load_data(name, data_dir=None, image_size=0):
@@ -288,6 +293,8 @@ def load_data(name, data_dir=None, image_size=0):
         splits = builder.as_dataset(["train", test_split], as_supervised=True)
         class_names = builder.info.features[builder.info.supervised_keys[1]].names
     except Exception as error:
+        if getattr(error, "errno", None) in DISK_FULL or isinstance(error, MemoryError):
+            raise
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
             f"Data set {name!r} can't be had ({reason}): run the same command again once name and "
@@ -300,7 +307,7 @@ def load_data(name, data_dir=None, image_size=0):
     shape = splits[0].element_spec[0].shape
     if len(shape) != 3 or None in shape:
         raise UserError(f"Data set {name!r} has no images of one size: give an --image_size.")
-    needed = 4 * math.prod(shape) * sum(map(len, splits)) / 1e9  # Training holds four copies.
+    needed = 5 * math.prod(shape) * sum(map(len, splits)) / 1e9  # For copies; 4.4 was measured.
     free = psutil.virtual_memory().available / 1e9
     if needed > free:
         raise UserError(f"Data set {name!r} needs {needed:.1f} GB of memory and {free:.1f} GB are "
@@ -445,7 +452,7 @@ def make_models(settings, train_images, num_classes):
         metrics=[getattr(keras.metrics, f"{kind}Accuracy")("accuracy")],
         jit_compile=keras.backend.backend() == "jax",  # TensorFlow's graph is faster on a CPU.
     )
-    optimizer.build(trainer.trainable_variables)
+    trainer.optimizer.build(trainer.trainable_variables)  # With float16, it wraps the one above.
     return network, trainer, classifier
 
 
@@ -468,6 +475,7 @@ def train(settings, data, folder):
     if smoothing := settings["label_smoothing"]:  # Of train labels alone.
         y_train, y_test = (np.eye(num_classes, dtype="float32")[y] for y in (y_train, y_test))
         y_train = (1 - smoothing) * y_train + np.float32(smoothing / num_classes)
+    # One call of `fit` makes one epoch, and yet prints "Epoch 5/30".
     stop = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda *_: setattr(trainer, "stop_training", True)
     )
@@ -479,7 +487,7 @@ def train(settings, data, folder):
     for epoch in range(done, epochs):
         begun = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(len(x_train))
-        rng = np.random.default_rng([seed, epoch, 1])
+        rng = np.random.default_rng([seed, epoch, 1])  # For augmentation and dropout.
         for variable in trainer.non_trainable_variables:
             if variable.name == "seed_generator_state":
                 variable.assign(rng.integers(2**32, size=2, dtype="uint32"))
@@ -537,7 +545,7 @@ def load_checkpoint(path, model):
                 variable.assign(file[f"arr_{i}"])
             return json.loads(file["history"].item())
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it to start anew.") from error
+        raise UserError(f"Checkpoint {path} is damaged: delete it to start anew.") from error
 
 
 def write_atomically(path, write):
@@ -594,10 +602,11 @@ def load_results(folder):
             run["test_accuracy"] *= 100
             run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
             run["num_convs"] = len(find_convs(run["model"], settings["num_blocks"]))
-            run["default"], num_epochs = not list_changes(settings), settings.pop("epochs")
-            changes = list_changes({**settings, "epochs": DEFAULTS["epochs"]})
+            run["default"] = not list_changes(settings)
+            num_epochs = f"{settings['epochs']} epochs"
+            others = list_changes({**settings, "epochs": DEFAULTS["epochs"]})
             hardware = f"{run['device']}, {run['backend']}"
-            run["conditions"] = [f"{num_epochs} epochs", *changes, hardware]
+            run["conditions"] = [num_epochs, *others, hardware]
             order = (run["dataset"], [*MODELS].index(run["model"]), run["conditions"], run["seed"])
             runs.append((order, run))
         except (ValueError, LookupError, TypeError) as error:
@@ -661,11 +670,13 @@ def plot_curves(groups, authors, title, path):
             axis.plot(epochs, mean, dash, color=color, alpha=alpha, label=label)
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
             if key in theirs:
-                axis.plot(epochs, theirs[key], ".", color=color, label=f"{label}, the authors'")
+                dots, label = range(1, len(theirs[key]) + 1), f"{label}, the authors'"
+                axis.plot(dots, theirs[key], ".", color=color, alpha=alpha, label=label)
             axis.grid(alpha=0.3)
         accuracy.text(epochs[-1], mean[-1], f" {mean[-1]:.1f}", color=color, va="center")
     accuracy.legend(loc="lower right")
-    accuracy.set(title="test accuracy", xlabel="epoch", ylabel="%", xlim=(0, 1.1 * len(epochs)))
+    accuracy.set(title="test accuracy", xlabel="epoch", ylabel="%")
+    accuracy.margins(x=0.1)
     loss.set(title="loss: test strong, train pale", xlabel="epoch", ylabel="cross-entropy")
     figure.suptitle(title)
     figure.savefig(path)
@@ -684,7 +695,8 @@ def plot_accuracies(groups, title, path):
         axis.text(x, accuracy, f"  {name} {accuracy:.1f}  ", color=color, ha=side, va="bottom")
         if model == "mixer":
             axis.axhline(accuracy, linestyle="--", color=color)
-    axis.set(xlabel="number of convolutions", ylabel="test accuracy, %", xlim=(-1, 12))
+    axis.set(xlabel="number of convolutions", ylabel="test accuracy, %")
+    axis.margins(x=0.25)
     axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path)
@@ -727,22 +739,22 @@ def report(folder):
         raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
     authors = json.loads(known.read_text()) if known.exists() else {}
     rows = ["data set|model|parameters|test accuracy, %|gain, points|seeds|paper, %".split("|")]
-    for dataset, part in itertools.groupby(runs, lambda run: run["dataset"]):
-        shared, groups = group_runs(list(part))
+    for dataset in dict.fromkeys(run["dataset"] for run in runs):
+        part = [run for run in runs if run["dataset"] == dataset]
+        shared, groups = group_runs(part)
         rows += make_rows(groups)
         notes.append(f"{dataset}: {', '.join(shared)}.\n")
         seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
-        common = [text for text in shared if text != runs[0]["conditions"][-1]]
+        common = [text for text in shared if text != part[0]["conditions"][-1]]  # The hardware.
         title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common, " or ".join(seeds)])
         prefix = f"{folder}/{dataset.replace('/', '_')}"
         if len(groups) < 6:
             plot_curves(groups, authors, title, f"{prefix}_curves.png")
         else:  # So many curves would hide each other.
             plot_accuracies(groups, title, f"{prefix}_accuracy.png")
-        files = {name: runs[0]["path"].with_suffix(".keras") for name, runs in groups.items()}
-        load = keras.saving.load_model
-        networks = {name: load(f).layers[-1] for name, f in files.items() if f.exists()}
-        if networks:
+        files = {name: group[0]["path"].with_suffix(".keras") for name, group in groups.items()}
+        models = {n: keras.saving.load_model(f) for n, f in files.items() if f.exists()}
+        if networks := {name: model.layers[-1] for name, model in models.items()}:
             plot_blocks(networks, title, f"{prefix}_blocks.png")
     text = "\n".join([format_table(rows), *notes])
     (folder / "table.md").write_text(text)
@@ -854,7 +866,7 @@ def define_flags():
     flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
     flags.DEFINE_string("output_dir", "results", "Folder of results, models, plots and table.")
     flags.DEFINE_boolean("overwrite", False, "Run what has a result already, replacing it.")
-    flags.DEFINE_boolean("benchmark", False, "Train nothing; measure the models' speed.")
+    flags.DEFINE_boolean("benchmark", False, "Train nothing; time models on the first data set.")
     flags.DEFINE_boolean("plot", False, "Train nothing; draw plots and table of the results.")
 
 
@@ -866,6 +878,8 @@ def sweep(values, folder):
         settings = {"dataset": dataset, "model": model, "seed": int(seed)}
         settings |= {key: values[key] for key in DEFAULTS}
         path = folder / f"{run_name(settings)}.json"
+        if len(path.name) > 230:
+            raise UserError("Names of files tell what isn't default, too much here: change less.")
         if path.exists() and not values["overwrite"]:
             print(f"{path} is done already; --overwrite would run it again.")
             continue
@@ -905,9 +919,9 @@ def main(argv):
     except UserError as error:
         problem = str(error)
     except KeyboardInterrupt:
-        problem = "stopped; the same command goes on after the last whole epoch."
+        problem = "stopped; the same command goes on after the last whole epoch of training."
     except Exception as error:  # Each backend has its own class for too little memory.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(error, "errno", None) in DISK_FULL:
             problem = f"{error}: make room or give another --output_dir, then the same goes on."
         elif any(sign in repr(error) for sign in ("OOM", "RESOURCE_EXHAUSTED", "MemoryError")):
             problem = "out of memory: try a smaller --batch_size or a smaller model."
