@@ -686,13 +686,14 @@ def plot_accuracies(groups, title, path):
     """Draws final test accuracy over the number of convolutions, a label at each dot."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axis = figure.subplots()
-    sides = {}  # Dots above each other have their labels right and left in turn.
+    sides = {}  # Dots above each other have their labels left and right in turn.
     for name, runs in sorted(groups.items(), key=lambda item: item[1][0]["accuracy"]):
         accuracy, model = np.mean([run["accuracy"] for run in runs]), runs[0]["model"]
         x, color = runs[0]["num_convs"], COLORS[model.split("_")[0]]
-        side = sides[x] = "right" if sides.get(x) == "left" else "left"
+        side = sides[x] = "left" if sides.get(x) == "right" else "right"
         axis.plot(x, accuracy, "o", color=color)
-        axis.text(x, accuracy, f"  {name} {accuracy:.1f}  ", color=color, ha=side, va="bottom")
+        edge = "top" if model == "mixer" else "bottom"
+        axis.text(x, accuracy, f"  {name} {accuracy:.1f}  ", color=color, ha=side, va=edge)
         if model == "mixer":
             axis.axhline(accuracy, linestyle="--", color=color)
     axis.set(xlabel="number of convolutions", ylabel="test accuracy, %")
