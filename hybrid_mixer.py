@@ -673,6 +673,7 @@ def plot_curves(groups, authors, title, path):
                 dots, label = range(1, len(theirs[key]) + 1), f"{label}, the authors'"
                 axis.plot(dots, theirs[key], ".", color=color, alpha=alpha, label=label)
             axis.grid(alpha=0.3)
+            axis.xaxis.get_major_locator().set_params(integer=True)
         accuracy.text(epochs[-1], mean[-1], f" {mean[-1]:.1f}", color=color, va="center")
     accuracy.legend(loc="lower right")
     accuracy.set(title="test accuracy", xlabel="epoch", ylabel="%")
