@@ -40,8 +40,8 @@ def seeded():
 def start_python(*arguments, backend="tensorflow", cwd=HERE):
     """Starts Python in a fresh process, its output to be had as text."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "KERAS_BACKEND": backend}
-    command = [sys.executable, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, cwd=cwd, **pipes)
 
 
@@ -334,11 +334,13 @@ def test_saved_model_loads_in_a_fresh_process_and_takes_pixels(tmp_path, backend
     images = np.random.default_rng(0).integers(0, 256, (1500, 8, 12, 3)).astype("uint8")
     network = hm.build_model("interleaved", (8, 12, 3), 4, 4, 16, 2, 5, 9)
     weights = random_weights(network)
-    _, classifier = hm.add_preprocessing(network, images)
+    trainer, classifier = hm.add_preprocessing(network, images)
     classifier.save(tmp_path / "model.keras")
     pixels = images.astype("float64")
     mean, std = pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))
     expected = np_model("interleaved", (pixels - mean) / std, weights, 4, 2)
+    np.testing.assert_allclose(trainer.predict(images, verbose=0), expected, atol=1e-3)
+    assert np.abs(np.asarray(trainer(images, training=True)) - expected).max() > 1e-2
     np.save(tmp_path / "images.npy", images)
     code = (
         "import sys, numpy as np, hybrid_mixer, keras; folder = sys.argv[1];"
@@ -584,11 +586,11 @@ def run_small(folder, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that nothing has stopped, what fit was given, and its callbacks."""
+    """The folder of a run that nothing has stopped, and what each call of `fit` was given."""
     folder, calls, fit = tmp_path_factory.mktemp("whole"), [], keras.Model.fit
 
     def spy(self, x, y, size, **options):
-        calls.append((x, y, [np.asarray(v) for v in self.weights], options))
+        calls.append((x, y, options))
         return fit(self, x, y, size, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -600,7 +602,7 @@ def whole(tmp_path_factory):
 def test_each_epoch_is_one_fit_over_all_images_in_an_order_of_its_own(whole):
     ((x, y), test, _), calls = hm.draw_shapes(200, 40), whole[1]
     assert [options["initial_epoch"] for *_, options in calls] == [0, 1, 2, 3]
-    for i, (images, labels, _, options) in enumerate(calls):
+    for i, (images, labels, options) in enumerate(calls):
         order = np.random.default_rng([3, i]).permutation(200)
         np.testing.assert_array_equal(images, x[order])
         np.testing.assert_array_equal(labels, y[order])
@@ -620,18 +622,17 @@ def test_keras_never_waits_for_a_step(whole):
 
 
 def test_a_result_says_what_was_reached(whole):
-    folder = whole[0]
     name = "shapes-interleaved-epochs_4-batch_size_64-hidden_dim_16-num_blocks_2"
     name += "-tokens_mlp_dim_8-channels_mlp_dim_16-seed3"
-    assert sorted(path.name for path in folder.iterdir()) == [f"{name}.json", f"{name}.keras"]
-    result = json.loads((folder / f"{name}.json").read_text())
+    assert sorted(path.name for path in whole[0].iterdir()) == [f"{name}.json", f"{name}.keras"]
+    result = json.loads((whole[0] / f"{name}.json").read_text())
     history = result["history"]
     assert {len(values) for values in history.values()} == {4}
     assert result["final_test_accuracy"] == history["test_accuracy"][-1]
     assert result["best_test_accuracy_selected_on_test"] == max(history["test_accuracy"])
     assert result["seconds_per_epoch"] == np.median(history["seconds"])
     assert result["backend"].startswith("tensorflow") and result["device"]
-    model = keras.saving.load_model(folder / f"{name}.keras")
+    model = keras.saving.load_model(whole[0] / f"{name}.keras")
     assert not model.compiled and result["parameters"] == hm.count_parameters(model)
     _, (images, labels), _ = hm.draw_shapes(200, 40)
     loss = cross_entropy(model, images, labels)
@@ -928,7 +929,6 @@ def test_benchmark_pairs_models_within_rounds_and_takes_medians(main, tmp_path, 
     assert row["milliseconds"] == pytest.approx({"training": 1000, "batch": 320, "one": 4})
     assert (row["parameters"], row["macs"]) == (623_626, 42_337_536 + 64 * (9 + 128) * 128)
     table = (tmp_path / "benchmark.md").read_text()
-    # 128 images in 1000 ms.
     assert "| hybrid | 623,626 | 43.5 | 128 (time x 4.00) | 320 (x 4.00) | 4 (x 4.00) |" in table
 
 
@@ -1084,10 +1084,10 @@ def test_committed_models_load_and_match_their_results(path):
 
 def test_readme_shows_what_the_benchmark_has_measured():
     readme, folder = (HERE / "README.md").read_text(), RESULTS / "benchmark"
-    table, result = (folder / "benchmark.md").read_text(), folder / "benchmark.json"
+    table, text = ((folder / f"benchmark.{end}").read_text() for end in ("md", "json"))
+    result = json.loads(text)
     shown = [line for line in readme.splitlines() if " (time x " in line]
     assert shown and set(shown) <= set(table.splitlines())
-    result = json.loads(result.read_text())
     assert f"{result['device']}, {result['backend']}" in " ".join(readme.split())
     for line, (name, row) in zip(table.splitlines()[2:], result["models"].items(), strict=True):
         cells = line.strip("| ").split(" | ")
