@@ -16,7 +16,6 @@ import time
 
 import keras
 import numpy as np
-import psutil
 import pytest
 import tensorflow_datasets as tfds
 from absl import flags
@@ -60,6 +59,10 @@ def losses(folder):
     """Returns `{file name: history without times}` of all results in `folder`."""
     read = {path.name: json.loads(path.read_text())["history"] for path in folder.glob("*.json")}
     return {n: {k: v for k, v in h.items() if k != "seconds"} for n, h in read.items()}
+
+
+def count_parameters(model):
+    return sum(np.asarray(weight).size for weight in model.trainable_weights)
 
 
 def cross_entropy(model, images, labels):
@@ -203,8 +206,7 @@ def test_parameters_are_the_papers(name):
     # The paper's 17,536 weights, and 256 of batch normalisation where there is one.
     convs = len(behind) + (stem is not None)
     expected = 605_834 + convs * 17_792 - (256 if name == "hybrid_linear" else 0)
-    assert hm.count_parameters(model) == expected
-    assert len(hm.find_convs(name)) == convs
+    assert count_parameters(model) == expected
     assert model.output_shape == (None, 10)
     assert {"hybrid": 623_626, "interleaved": 694_794}.get(name, expected) == expected
 
@@ -494,10 +496,10 @@ def test_unreachable_data_ends_soon_and_says_what_to_do(monkeypatch, tmp_path):
 
 
 class Tiles(tfds.core.GeneratorBasedBuilder):
-    """Dark and bright tiles, told apart by their label; `i % 3` more tells one from the next."""
+    """Dark and bright tiles."""
 
     VERSION = tfds.core.Version("1.0.0")
-    shape, sizes, counts = (8, 12, 1), [(8, 12)], {"train": 60, "test": 20}
+    shape, counts = (8, 12, 1), {"train": 60, "test": 20}
 
     def _info(self):
         names = {"image": tfds.features.Image(shape=self.shape)}
@@ -510,13 +512,11 @@ class Tiles(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, split):
         for i in range(self.counts[split]):
-            size = (*self.sizes[i % len(self.sizes)], self.shape[-1])
-            image = np.full(size, 40 + 170 * (i % 2) + i % 3, "uint8")
-            yield i, {"image": image, "label": i % 2}
+            yield i, {"image": np.full((8, 12, 1), 40 + 170 * (i % 2), "uint8"), "label": i % 2}
 
 
 class TilesOfSeveralSizes(Tiles):
-    shape, sizes = (None, None, 1), [(8, 12), (30, 20), (5, 5)]
+    shape = (None, None, 1)
 
 
 class TilesWithoutTest(Tiles):
@@ -534,47 +534,31 @@ def test_other_data_sets_of_tfds_load_and_train_also_grey_ones(tmp_path):
     assert (tmp_path / "tiles_8x12-hybrid-epochs_8-batch_size_16-num_blocks_1-seed0.json").exists()
 
 
-def test_images_of_several_sizes_are_resized_if_asked(tmp_path):
-    with pytest.raises(hm.UserError, match="one size: give an --image_size"):
-        hm.load_data("tiles_of_several_sizes", str(tmp_path))
-    (x, y), (x_test, _), _ = hm.load_data("tiles_of_several_sizes", str(tmp_path), 16)
-    assert x.shape == (60, 16, 16, 1) and x_test.shape == (20, 16, 16, 1) and x.dtype == "uint8"
-    np.testing.assert_array_equal(x, np.broadcast_to(x[:, :1, :1], x.shape))
-    tiles = [40 + 170 * (i % 2) + i % 3 for i in range(60)]
-    np.testing.assert_array_equal(np.sort(x[:, 0, 0, 0]), np.sort(tiles))
-
-
-def test_data_that_does_not_serve_is_refused(tmp_path, monkeypatch):
+def test_data_that_does_not_serve_is_refused(tmp_path):
     with pytest.raises(hm.UserError, match="'tiles_without_test' can't be had"):
         hm.load_data("tiles_without_test", str(tmp_path))
-    memory = type("", (), {"available": 8e9})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    # Five times 80 images of 16384 x 16384 pixels.
-    with pytest.raises(hm.UserError, match="needs 107.4 GB of memory and 8.0 GB are free"):
-        hm.load_data("tiles", str(tmp_path), 2**14)
+    with pytest.raises(hm.UserError, match="no images of one size, but .None, None, 1.*mend that"):
+        hm.load_data("tiles_of_several_sizes", str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("half_period, warmup_steps", [(199, 0), (30, 0), (199, 50)])
-def test_learning_rate_follows_its_closed_form(half_period, warmup_steps):
-    steps, schedule = np.arange(200), hm.Cosine(3e-3, half_period, warmup_steps)
-    rise = np.minimum((steps + 1) / warmup_steps, 1) if warmup_steps else 1
-    expected = rise * 3e-3 * np.cos(np.pi * steps / (2 * half_period)) ** 2
+@pytest.mark.parametrize("half_period", [199, 30])
+def test_learning_rate_follows_its_closed_form(half_period):
+    steps, schedule = np.arange(200), hm.Cosine(3e-3, half_period)
+    expected = 3e-3 * np.cos(np.pi * steps / (2 * half_period)) ** 2
     np.testing.assert_allclose([schedule(step) for step in steps], expected, atol=1e-8)
 
 
-@pytest.mark.parametrize("decay_of", ["all", "kernels"])
-def test_weight_decay_acts_on_what_it_is_told_to(decay_of):
+def test_weight_decay_acts_on_every_weight():
     settings = settings_with(model="interleaved", learning_rate=0.1, weight_decay=0.5, **SMALL)
     images = np.zeros((24, 8, 8, 3), "uint8")
-    network, trainer, _ = hm.make_models({**settings, "decay_of": decay_of}, images, 4)
+    network, trainer, _ = hm.make_models(settings, images, 4)
     random_weights(network)
     weights = network.trainable_weights
     before = [np.asarray(weight) for weight in weights]
     trainer.optimizer.apply([np.zeros(weight.shape, "float32") for weight in weights])
     for weight, old in zip(weights, before):
-        decays = decay_of == "all" or "kernel" in weight.name
-        expected = old * (1 - 0.1 * 0.5) if decays else old
+        expected = old * (1 - 0.1 * 0.5)
         np.testing.assert_allclose(np.asarray(weight), expected, rtol=1e-5, err_msg=weight.path)
 
 
@@ -633,7 +617,7 @@ def test_a_result_says_what_was_reached(whole):
     assert result["seconds_per_epoch"] == np.median(history["seconds"])
     assert result["backend"].startswith("tensorflow") and result["device"]
     model = keras.saving.load_model(whole[0] / f"{name}.keras")
-    assert not model.compiled and result["parameters"] == hm.count_parameters(model)
+    assert not model.compiled and result["parameters"] == count_parameters(model)
     _, (images, labels), _ = hm.draw_shapes(200, 40)
     loss = cross_entropy(model, images, labels)
     assert loss == pytest.approx(history["test_loss"][-1], rel=1e-4)
@@ -668,7 +652,7 @@ TRAIN = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[2])
 import test_hybrid_mixer
-test_hybrid_mixer.run_small(pathlib.Path(sys.argv[1]), epochs=12, label_smoothing=0.1)
+test_hybrid_mixer.run_small(pathlib.Path(sys.argv[1]), epochs=12)
 """
 
 
@@ -694,23 +678,6 @@ def test_a_killed_run_ends_as_one_that_was_never_stopped(backend, tmp_path):
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-def test_smoothed_labels_are_shares_that_sum_up_to_one(tmp_path, monkeypatch):
-    seen = []
-
-    def spy(self, x, y, size, validation_data, **_):
-        seen.extend([y, validation_data[1]])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(keras.Model, "fit", spy)
-    with pytest.raises(KeyboardInterrupt):
-        run_small(tmp_path, label_smoothing=0.2)
-    (_, labels), (_, test_labels), _ = hm.draw_shapes(200, 40)
-    order = np.random.default_rng([3, 0]).permutation(200)
-    expected = np.where(labels[order][:, None] == np.arange(10), 0.82, 0.02)
-    np.testing.assert_allclose(seen[0], expected, atol=1e-7)
-    np.testing.assert_array_equal(seen[1], test_labels[:, None] == np.arange(10))
-
-
 def put_checkpoint(folder, **changes):
     """Stops a run after its first epoch; returns its checkpoint in `folder`."""
 
@@ -722,31 +689,6 @@ def put_checkpoint(folder, **changes):
         run_small(folder, **{"epochs": 1, **changes})
     (checkpoint,) = folder.glob(".shapes*.npz")
     return checkpoint
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda x: x[: len(x) // 2], lambda x: b"", lambda x: x[:999] + b"?" + x[1000:]]
-)
-def test_a_damaged_checkpoint_is_named_and_left_alone(damage, tmp_path):
-    checkpoint = put_checkpoint(tmp_path)
-    content = damage(checkpoint.read_bytes())
-    checkpoint.write_bytes(content)
-    with pytest.raises(hm.UserError, match=f"{checkpoint} is damaged: delete it"):
-        run_small(tmp_path, epochs=1)
-    assert checkpoint.read_bytes() == content
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
-def test_a_failing_disk_or_memory_is_no_damaged_checkpoint(error, tmp_path, monkeypatch):
-    checkpoint = put_checkpoint(tmp_path)
-
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(np, "load", fail)
-    with pytest.raises(type(error)):
-        run_small(tmp_path, epochs=1)
-    assert checkpoint.exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -836,7 +778,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(tmp_path):
     limited = ["bash", "-c", f'ulimit -f 20; exec {sys.executable} {SCRIPT} "$@"', "x"]
     done = subprocess.run([*limited, *command], capture_output=True, text=True, cwd=HERE)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "make room or give another --output_dir" in done.stderr
+    assert "mend that or give another --output_dir" in done.stderr
     assert not list(tmp_path.glob("[!.]*"))
 
 
@@ -847,25 +789,19 @@ def test_control_c_stops_soon_and_says_how_to_go_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=20)
     assert process.returncode == 1 and "Traceback" not in told
-    assert told.splitlines()[-1].endswith("the last whole epoch of training.")
+    assert told.splitlines()[-1].endswith("goes on after the last whole epoch.")
 
 
-@pytest.mark.parametrize(
-    "error, told",
-    [
-        (MemoryError("1 TiB"), "out of memory: try a smaller --batch_size"),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "out of memory"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left.*make room"),
-        (OSError(errno.EIO, "Input/output error"), None),
-        (ValueError("a bug of ours or of Keras"), None),
-    ],
-)
-def test_what_the_user_can_mend_is_one_sentence_but_a_bug_is_shown(error, told, main, monkeypatch):
+def test_what_the_user_can_mend_is_one_sentence_but_a_bug_is_shown(main, monkeypatch):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(hm, "build_model", fail)
-    with pytest.raises(SystemExit if told else type(error), match=told):
+    error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(SystemExit, match="Input/output error: mend that"):
+        main()
+    error = ValueError("a bug of ours or of Keras")
+    with pytest.raises(ValueError, match="a bug"):
         main()
 
 
@@ -873,11 +809,11 @@ BAD = [(name, value) for name, (default, *_) in hm.SETTINGS.items() if not isins
        for value in ("x", "-1", "", "nan", "inf")]  # fmt: skip
 BAD += [(name, value) for name in ("epochs", "batch_size", "patch_size", "num_blocks", "hidden_dim")
         for value in ("0", "1.5")]  # fmt: skip
-BAD += [("label_smoothing", "1.1"), ("validation_split", "1"), ("decay_of", "biases")]
+BAD += [("validation_split", "1")]
 BAD += [(name, value) for name in ("schedule", "precision", "model") for value in ("x", "")]
 BAD += [("model", "hybrid,"), ("model", "hybrid,vit"), ("dataset", ""), ("dataset", "nosuchdata")]
 BAD += [("seed", value) for value in ("", "-1", "0,x", "1.5", "4294967296")]
-BAD += [("dropout", "0.995"), ("patch_size", "33"), ("image_size", "64"), ("epoch", "1")]
+BAD += [("dropout", "0.995"), ("patch_size", "33"), ("epoch", "1")]
 BAD += [("output_dir", "/dev/null"), ("output_dir", "/dev/null/folder")]
 
 
@@ -896,40 +832,6 @@ def test_what_is_not_a_flag_is_refused_and_so_is_an_empty_folder(main):
         main("shapes")
     with pytest.raises(SystemExit, match="no result"):
         main("--plot")
-
-
-# -------------------------------------------------------------------------------- benchmark
-@pytest.mark.parametrize("name, convolutions", [("mixer", 0), ("hybrid", 1), ("interleaved", 5)])
-def test_multiply_accumulates_are_those_counted_by_hand(name, convolutions):
-    embedding, head = 64 * (4 * 4 * 3) * 128, 128 * 10
-    token_mlp, channel_mlp = 128 * (2 * 64 * 64), 64 * (2 * 128 * 256)
-    stem = 64 * (3 * 3 * 128 + 128 * 128)
-    by_hand = embedding + 8 * (token_mlp + channel_mlp) + convolutions * stem + head
-    assert hm.count_macs(hm.build_model(name)) == by_hand
-    assert name != "mixer" or by_hand == 42_337_536
-
-
-def test_benchmark_pairs_models_within_rounds_and_takes_medians(main, tmp_path, monkeypatch):
-    drift, rounds = iter([50, 1, 10, 1]), []
-
-    def time_model(trainer, *_):
-        name = trainer.layers[-1].name
-        if name == "mixer":
-            rounds.append(next(drift))
-        factor = {"mixer": 1, "hybrid": 4}[name] * rounds[-1]
-        return {"training": 0.25 * factor, "batch": 0.08 * factor, "one": 0.001 * factor}
-
-    monkeypatch.setattr(hm, "time_model", time_model)
-    monkeypatch.setattr(hm.benchmark, "__defaults__", (3,))
-    main("--benchmark", "--model=hybrid")
-    result = json.loads((tmp_path / "benchmark.json").read_text())
-    # The first round isn't counted; the third one's machine is ten times slower.
-    row = result["models"]["hybrid"]
-    assert row["over_mixer"] == {"training": 4, "batch": 4, "one": 4}
-    assert row["milliseconds"] == pytest.approx({"training": 1000, "batch": 320, "one": 4})
-    assert (row["parameters"], row["macs"]) == (623_626, 42_337_536 + 64 * (9 + 128) * 128)
-    table = (tmp_path / "benchmark.md").read_text()
-    assert "| hybrid | 623,626 | 43.5 | 128 (time x 4.00) | 320 (x 4.00) | 4 (x 4.00) |" in table
 
 
 # ---------------------------------------------------------------------------------- results
@@ -1005,7 +907,8 @@ def test_the_authors_curves_have_the_papers_table_as_their_best_epochs():
         assert hm.PAPER[tuple(name.split("/"))] == max(curve["test_accuracy"])
 
 
-FOLDERS = sorted({path.parent for path in RESULTS.glob("*/*-seed*.json")})
+# Not `strong`, whose runs have settings of an older script.
+FOLDERS = [RESULTS / name for name in ("demo", "published", "shapes", "study", "table1")]
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -1019,8 +922,8 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
             for other in RESULTS.glob(f"*/{path.name}"):  # A run may stand in two folders.
                 assert other.read_bytes() == path.read_bytes()
     assert hm.report(tmp_path) == (folder / "table.md").read_text()
-    drawn, committed = ({path.name for path in f.glob("*.png")} for f in (tmp_path, folder))
-    assert drawn == {name for name in committed if "blocks" not in name}  # No models are copied.
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn <= {path.name for path in folder.iterdir()}
     readme = (HERE / "README.md").read_text()
     table = (folder / "table.md").read_text().split("\n\n")[0]
     assert table in readme or folder.name == "demo"
