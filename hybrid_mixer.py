@@ -2,7 +2,7 @@
 
 Reproduces Kanazi, Mnaa and Eisa, "Improving MLP-Mixer Performance on Small Image Datasets Using
 Locality-Aware Modifications". An MLP-Mixer isn't told which patches are neighbours; a 3x3
-depthwise and a 1x1 convolution after patch embedding mix each patch with those around it.
+depthwise and a 1x1 convolution, before the blocks or between them, mix each with those around it.
 
     python hybrid_mixer.py --dataset cifar100 --model hybrid
 
@@ -27,8 +27,8 @@ from absl import app, flags, logging
 from matplotlib.figure import Figure
 
 # TensorFlow reads both as it is imported.
-os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # Keeps memory: up to 1.4 times as fast.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # Warnings are shown, the rest is not.
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # Reuses memory: up to 1.4 times as fast.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # Hides information, not warnings.
 
 import keras
 from keras import layers, ops
@@ -50,8 +50,8 @@ class ConvStem(layers.Layer):
     Input and output shape: `(batch, height, width, channels)`, channels known.
     Reference: Kanazi, Mnaa and Eisa, section 3.1.
 
-    >>> ConvStem()(keras.ops.ones((2, 8, 6, 128))).shape
-    (2, 8, 6, 128)
+    >>> ConvStem()(keras.Input((8, 6, 128))).shape
+    (None, 8, 6, 128)
     """
 
     def __init__(self, linear=False, residual=False, **kwargs):
@@ -94,7 +94,7 @@ class ConvStem(layers.Layer):
 
 @keras.saving.register_keras_serializable(package="hybrid_mixer")
 class MixerBlock(layers.Layer):
-    """One block of the MLP-Mixer: an MLP across tokens, then an MLP across channels.
+    """One block of the MLP-Mixer: an MLP across tokens (patches), then one across channels.
 
     `u = x + transpose(mlp(transpose(norm(x))))`, `y = u + mlp(norm(u))`; each MLP is dense, exact
     GELU, dropout, dense, dropout, and the two layer norms (epsilon 1e-5) share nothing.
@@ -102,41 +102,42 @@ class MixerBlock(layers.Layer):
     Args:
         tokens_mlp_dim, channels_mlp_dim: int, hidden widths of the two MLPs.
         dropout: float from 0 to 0.99, chance of an activation to be zeroed in training.
+        seed: int or `None`, what dropout's random numbers start from.
 
     Input and output shape: `(batch, tokens, channels)`, tokens and channels known.
     Reference: Tolstikhin et al., 2021; Kanazi, Mnaa and Eisa, equations 1 and 2.
 
-    >>> MixerBlock(tokens_mlp_dim=64, channels_mlp_dim=256)(keras.ops.ones((2, 48, 128))).shape
-    (2, 48, 128)
+    >>> MixerBlock(tokens_mlp_dim=64, channels_mlp_dim=256)(keras.Input((48, 128))).shape
+    (None, 48, 128)
     """
 
-    def __init__(self, tokens_mlp_dim, channels_mlp_dim, dropout=0.0, **kwargs):
+    def __init__(self, tokens_mlp_dim, channels_mlp_dim, dropout=0.0, seed=None, **kwargs):
         super().__init__(**kwargs)
         if not 0 <= dropout <= 0.99:
             raise ValueError(f"`dropout` must be from 0 to 0.99. Received: {dropout}")
-        self.tokens_mlp_dim = tokens_mlp_dim
-        self.channels_mlp_dim = channels_mlp_dim
-        self.dropout = dropout
-        self.seed_generator = keras.random.SeedGenerator()
+        self.tokens_mlp_dim, self.channels_mlp_dim = tokens_mlp_dim, channels_mlp_dim
+        self.dropout, self.seed = dropout, seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build(self, input_shape):
-        if len(input_shape) != 3 or None in tuple(input_shape)[1:]:
-            wanted = "(batch, tokens, channels), tokens and channels known"
+        if len(input_shape) != 3 or None in input_shape[1:]:
+            wanted = "(batch, tokens, channels), both known, so flatten a grid with Reshape"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
 
+        (_, tokens, channels), policy = input_shape, self.dtype_policy
+
         def norm():
-            layer = layers.LayerNormalization(epsilon=1e-5, dtype=self.dtype_policy)
+            layer = layers.LayerNormalization(epsilon=1e-5, dtype=policy)
             layer.build(input_shape)
             return layer
 
         def dense(size, units):  # Kernel and bias start uniform in +-1/sqrt(fan_in).
-            bound = size**-0.5
-            uniform = [keras.initializers.RandomUniform(-bound, bound) for _ in range(2)]
-            layer = layers.Dense(units, None, True, *uniform, dtype=self.dtype_policy)
+            names, bound = ("kernel_initializer", "bias_initializer"), size**-0.5
+            uniform = {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
+            layer = layers.Dense(units, **uniform, dtype=policy)
             layer.build((None, None, size))
             return layer
 
-        _, tokens, channels = input_shape
         self.token_norm = norm()
         self.token_hidden = dense(tokens, self.tokens_mlp_dim)
         self.token_output = dense(self.tokens_mlp_dim, tokens)
@@ -161,9 +162,9 @@ class MixerBlock(layers.Layer):
             return x
         # Random numbers are what dropout costs on a CPU, so one byte decides on each element; the
         # threshold for bytes is rounded at random, which keeps the rate exact on average.
-        *shape, size = ops.shape(x)
-        shape, seed = (*shape, -(-size // 4)), self.seed_generator
-        words = keras.random.randint(shape, -(2**31), 2**31 - 1, seed=seed)
+        (*outer, size), seed = ops.shape(x), self.seed_generator
+        num_words = (size + 3) // 4  # of four bytes each
+        words = keras.random.randint((*outer, num_words), -(2**31), 2**31 - 1, seed=seed)
         draws = ops.view(words, "uint8")[..., :size]
         rounding = keras.random.uniform((), dtype="float32", seed=seed)
         keep = draws >= ops.cast(ops.floor(256 * self.dropout + rounding), "uint8")
@@ -173,7 +174,7 @@ class MixerBlock(layers.Layer):
         return input_shape
 
     def get_config(self):
-        names = ("tokens_mlp_dim", "channels_mlp_dim", "dropout")
+        names = ("tokens_mlp_dim", "channels_mlp_dim", "dropout", "seed")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
@@ -186,18 +187,18 @@ class Design(NamedTuple):
     """What a model has beside patch embedding, Mixer blocks and head."""
 
     stem: dict | None = None  # Arguments of a `ConvStem` behind patch embedding; None: no stem.
-    conv_every: float = math.inf  # Behind every so many blocks stands another `ConvStem`,
-    last_conv: float = math.inf  # but none behind a block after this one.
+    conv_every: float = math.inf  # A `ConvStem` stands behind every so many blocks; inf: never.
+    last_conv: float = math.inf  # The last block that one may stand behind.
     residual: bool = False  # Whether those behind blocks are added to their input.
 
 
 MODELS = {
-    "mixer": Design(),
-    "hybrid": Design(stem={}),
+    "mixer": Design(),  # The paper's baseline.
+    "hybrid": Design(stem={}),  # One stem, where the paper's text puts it.
     "hybrid_linear": Design(stem={"linear": True}),
     "hybrid_residual": Design(stem={"residual": True}),
     "hybrid_late": Design(conv_every=1, last_conv=1),
-    "interleaved": Design(stem={}, conv_every=2),
+    "interleaved": Design(stem={}, conv_every=2),  # What the authors' code trains.
     "interleaved_no_stem": Design(conv_every=2),
     "interleaved_residual": Design(stem={}, conv_every=2, residual=True),
     "interleaved_4": Design(stem={}, conv_every=4),
@@ -210,7 +211,7 @@ def build_model(
     model="hybrid", image_shape=(32, 32, 3), num_classes=10, patch_size=4, hidden_dim=128,
     num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=256, dropout=0.15,
 ):  # fmt: skip
-    """Builds one of the `MODELS`: by default what the paper's text describes.
+    """Builds one of the `MODELS`: by default with one stem, where the paper's text puts it.
 
     Args:
         model: str, a key of `MODELS`.
@@ -299,7 +300,7 @@ def draw_shapes(num_train=5000, num_test=1000, seed=0):
         2 * abs(x) <= y + 5, y % 4 < 2, x % 4 < 2, (x // 3 + y // 3) % 2 == 0,
     ]  # fmt: skip
     rng = np.random.default_rng(seed)
-    ramp = np.stack([np.linspace(1, 0, 32), np.linspace(0, 1, 32)])
+    ramp = np.stack([np.linspace(1, 0, 32), np.linspace(0, 1, 32)])  # Blends the corners' colours.
     labels = rng.permutation(np.arange(num_train + num_test) % len(names))
     images = np.empty((len(labels), 32, 32, 3), "uint8")
     for image, label in zip(images, labels):
@@ -311,8 +312,7 @@ def draw_shapes(num_train=5000, num_test=1000, seed=0):
         top, left = rng.integers(0, 22, 2)
         picture[top : top + 11, left : left + 11][shapes[label]] = rng.uniform(160, 255, 3)
         image[:] = np.clip(picture, 0, 255)
-    train, test = np.s_[:num_train], np.s_[num_train:]
-    return (images[train], labels[train]), (images[test], labels[test]), names
+    return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]), names
 
 
 class ColorJitter(layers.Layer):
@@ -349,9 +349,10 @@ class ColorJitter(layers.Layer):
 def add_preprocessing(network, train_images):
     """Puts normalisation by the train images' mean and deviation in front of a network.
 
-    Returns `(trainer, classifier)`, models from pixels 0-255 `(batch, height, width, channels)`
-    to logits that share all weights. Only `trainer` augments, and only in training: flip, shift
-    by up to 4 pixels, turn by up to 15 degrees, colours, in one image of ten a box of mean colour.
+    Returns `(trainer, classifier)`, the model to `fit` and the one to save. Both share all weights
+    and go from pixels 0-255 `(batch, height, width, channels)` to logits. Only `trainer` augments,
+    and only in training: flip, shift by up to 4 pixels, turn by up to 15 degrees, colours, in one
+    image of ten a box of mean colour.
     """
     height, width, channels = shape = train_images.shape[1:]
     mean = train_images.mean((0, 1, 2))
@@ -368,8 +369,8 @@ def add_preprocessing(network, train_images):
         layers.RandomRotation(15 / 360, **nearest),
         *([ColorJitter(dtype="float32")] if channels == 3 else []),
     ]
-    for layer in augmentation:  # Keras says no to compiling two of them; on JAX it works.
-        layer.supports_jit = keras.backend.backend() == "jax"
+    for layer in augmentation:
+        layer.supports_jit = True  # Keras says no for two of them; on JAX, it works.
     pixels = keras.Input(shape, name="pixels")
     classifier = keras.Model(pixels, network(normalize(pixels)), name=network.name)
     x = pixels = keras.Input(shape, dtype="uint8", name="pixels")
@@ -397,7 +398,7 @@ def make_models(settings, train_images, num_classes):
     network = build_model(settings["model"], train_images.shape[1:], num_classes, **sizes)
     trainer, classifier = add_preprocessing(network, train_images)
     steps = math.ceil(len(train_images) / settings["batch_size"])  # An epoch's.
-    # The authors' cosine was to fall over 30 epochs, but they counted batches for epochs.
+    # The authors' cosine was to fall over 30 epochs, but falls over 30 batches, then rises again.
     half_period = 30 if settings["schedule"] == "published" else settings["epochs"] * steps
     rate = Cosine(settings["learning_rate"], half_period)
     trainer.compile(
@@ -407,7 +408,7 @@ def make_models(settings, train_images, num_classes):
         metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],
         jit_compile=keras.backend.backend() == "jax",  # TensorFlow's graph is faster on a CPU.
     )
-    trainer.optimizer.build(trainer.trainable_variables)  # With float16, it wraps the one above.
+    trainer.optimizer.build(trainer.trainable_variables)  # Before a checkpoint is loaded.
     return network, trainer, classifier
 
 
@@ -439,7 +440,7 @@ def train(settings, data, folder):
     for epoch in range(done, epochs):
         begun = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(len(x_train))
-        rng = np.random.default_rng([seed, epoch, 1])  # For augmentation and dropout.
+        rng = np.random.default_rng([seed, epoch, 1])  # Seeds augmentation and dropout.
         for variable in trainer.non_trainable_variables:
             if variable.name == "seed_generator_state":
                 variable.assign(rng.integers(2**32, size=2, dtype="uint32"))
@@ -472,7 +473,7 @@ def train(settings, data, folder):
 
 def list_changes(settings):
     """Returns the settings that aren't the defaults, as strings."""
-    return [f"{k} {settings[k]}" for k, v in DEFAULTS.items() if settings[k] != v]
+    return [f"{k} {v}" for k, v in settings.items() if k not in RUN and v != DEFAULTS.get(k)]
 
 
 def run_name(settings):
@@ -504,7 +505,7 @@ def describe_machine():
     library = sys.modules[backend]
     if not any("gpu" in name.lower() for name in keras.distribution.list_devices()):
         cpu = re.search("model name\t: (.*)", info.read_text() if info.exists() else "")
-        device = f"{cpu[1] if cpu else platform.processor()}, {os.cpu_count()} CPU cores"
+        device = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPU cores"
     elif backend == "jax":
         device = library.devices()[0].device_kind
     else:
@@ -516,7 +517,7 @@ def describe_machine():
 
 # ------------------------------------------------------------------------- results and plots
 # Test accuracy in the paper's Table 1, in percent: single runs of 30 epochs, at the epoch that was
-# best on the test split. Its text describes `hybrid`, its authors' code trains `interleaved`.
+# best on the test split. Its text has the one stem of `hybrid`, its code trains `interleaved`.
 PAPER = {
     ("cifar10", "mixer"): 76.71, ("cifar10", "hybrid"): 82.27, ("cifar10", "interleaved"): 82.27,
     ("cifar100", "mixer"): 48.20, ("cifar100", "hybrid"): 55.03, ("cifar100", "interleaved"): 55.03,
@@ -537,15 +538,14 @@ def load_results(folder):
             run |= DEFAULTS | run["settings"] | {k: np.array(run["history"][k]) for k in CURVES}
             run["test_accuracy"] = 100 * run["test_accuracy"]
             run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
-            changes = list_changes({**run, "epochs": DEFAULTS["epochs"]})
+            changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
             run["hardware"] = f"{run['device']}, {run['backend']}"
             run["conditions"] = [f"{run['epochs']} epochs", *changes, run["hardware"]]
-            place = [*MODELS].index(run["model"])
-            run["order"] = (run["dataset"], place, run["conditions"], run["seed"])
-            runs.append(run)
+            order = (run["dataset"], [*MODELS].index(run["model"]), run["conditions"], run["seed"])
+            runs.append((order, run))
         except (ValueError, LookupError, TypeError) as error:
             print(f"Left out of table and plots: {path} ({error!r})", file=sys.stderr)
-    return sorted(runs, key=lambda run: run["order"])
+    return [run for _, run in sorted(runs, key=lambda pair: pair[0])]
 
 
 def group_runs(runs):
@@ -588,12 +588,12 @@ def plot_curves(groups, title, path):
     dashes = {f: itertools.cycle(["-", "--", "-.", ":", (0, (1, 4)), (0, (9, 3))]) for f in COLORS}
     for name, runs in groups.items():
         family = runs[0]["model"].split("_")[0]
-        color, dash = COLORS[family], next(dashes[family])
+        color, dash, label = COLORS[family], next(dashes[family]), name.replace(", ", "\n")
         for key, axis, alpha in zip(CURVES, (loss, loss, accuracy), (0.4, 1, 1)):
             values = np.array([run[key] for run in runs])
             mean, std = values.mean(0), values.std(0, ddof=int(len(runs) > 1))
             epochs = np.arange(1, len(mean) + 1)
-            axis.plot(epochs, mean, ls=dash, color=color, alpha=alpha, label=name)
+            axis.plot(epochs, mean, ls=dash, color=color, alpha=alpha, label=label)
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
         accuracy.text(epochs[-1], mean[-1], f" {mean[-1]:.1f}", color=color, va="center")
     for axis in (loss, accuracy):
@@ -607,14 +607,14 @@ def plot_curves(groups, title, path):
 
 
 def map_offsets(block, height, width):
-    """Returns the mean |W1 W2| of a block's token MLP over pairs of patches, by their offset.
+    """Returns a block's mean |W1 W2| over pairs of patches, by the offset of the patch read.
 
     Offsets go up to half of height and width, from the negative ones on: few pairs are farther.
     """
     w1, w2 = (ops.convert_to_numpy(d.kernel) for d in (block.token_hidden, block.token_output))
-    weights = abs(w1 @ w2).reshape(height, width, height, width)
+    weights = abs(w1 @ w2).T.reshape(height, width, height, width)  # (to y, to x, from y, from x)
     down, right = (np.arange(-(size // 2), size // 2 + 1) for size in (height, width))
-    across = [np.diagonal(weights, dx, axis1=1, axis2=3) for dx in right]  # (from y, to y, pairs)
+    across = [np.diagonal(weights, dx, axis1=1, axis2=3) for dx in right]  # (to y, from y, pairs)
     return np.array([[np.diagonal(x, dy, 0, 1).mean() for x in across] for dy in down])
 
 
@@ -639,28 +639,29 @@ def report(folder):
     runs, notes = load_results(folder), []
     if not runs:
         raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
-    head = "data set|model|parameters|test accuracy, %|gain, points|seeds|paper, %".split("|")
-    rows = [head, ["---"] * len(head)]
+    head = "data set|model|parameters|test accuracy, %|gain, points|seeds|paper, %"
+    rows = [head.split("|"), ["---"] * 7]
     for dataset, part in itertools.groupby(runs, key=lambda run: run["dataset"]):
         shared, groups = group_runs(list(part))
         rows += make_rows(groups)
         notes.append(f"{dataset}: {', '.join(shared)}.\n")
         seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
-        common = [text for text in shared if text != runs[0]["hardware"]]
+        common = [text for text in shared if text not in {run["hardware"] for run in runs}]
         title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common, " or ".join(seeds)])
         prefix = f"{folder}/{dataset.replace('/', '_')}"
         plot_curves(groups, title, f"{prefix}_curves.png")
         files = {name: group[0]["model_file"] for name, group in groups.items()}
         models = {n: keras.saving.load_model(f) for n, f in files.items() if f.exists()}
         if models:
-            plot_blocks(models, title, f"{prefix}_blocks.png")
+            plot_blocks(models, f"Blocks of the first seed: {title}", f"{prefix}_blocks.png")
     text = "\n".join(["".join(f"| {' | '.join(row)} |\n" for row in rows), *notes])
-    (folder / "table.md").write_text(text)
+    (folder / "table.md").write_text(text, encoding="utf-8")
     return text
 
 
 # ---------------------------------------------------------------------------- flags and main
-# Default; bounds or choices; meaning. With data set, model and seed they make a run.
+RUN = ("dataset", "seed", "model")  # With these, settings make a run.
+# Default; bounds or choices; meaning.
 SETTINGS = {
     "epochs": (30, (1, None), "Passes over the train split."),
     "batch_size": (128, (1, None), "Images a step."),
@@ -705,8 +706,7 @@ def define_flags():
 
 def sweep(values, folder):
     """Trains all combinations of data set, seed and model that have no result yet."""
-    combinations = itertools.product(values["dataset"], values["seed"], values["model"])
-    for dataset, seed, model in combinations:
+    for dataset, seed, model in itertools.product(*(values[key] for key in RUN)):
         settings = {"dataset": dataset, "model": model, "seed": int(seed)}
         settings |= {key: values[key] for key in DEFAULTS}
         path = folder / f"{run_name(settings)}.json"
@@ -732,8 +732,8 @@ def main(argv):
         tempfile.TemporaryFile(dir=folder).close()  # Rather now than after an epoch.
         print(f"{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
         if machine["device"].endswith("CPU cores") and not values["plot"]:
-            print("NO GPU FOUND, this takes long; one of NVIDIA's, on Linux, needs "
-                  'pip install "tensorflow[and-cuda]".')  # fmt: skip
+            print("NO GPU FOUND: on a CPU, 30 epochs of CIFAR take an hour or two. An NVIDIA GPU, "
+                  'on Linux, needs pip install "tensorflow[and-cuda]".')  # fmt: skip
         if not values["plot"]:
             sweep(values, folder)
         print(report(folder))

@@ -883,7 +883,7 @@ def test_hardware_is_never_mixed_in_a_row(tmp_path):
 
 
 def test_blocks_are_mapped_by_offset():
-    """A token MLP that moves each patch two to the right and one up, in a grid of 4 x 6."""
+    """A token MLP that moves each patch one up and two to the right, in a grid of 4 x 6."""
     block = hm.MixerBlock(24, 4)
     block.build((None, 24, 3))
     weights = np.zeros((4, 6, 4, 6))
@@ -894,7 +894,7 @@ def test_blocks_are_mapped_by_offset():
     block.token_output.kernel.assign(weights.reshape(24, 24))
     values = hm.map_offsets(block, 4, 6)
     expected = np.zeros((5, 7))  # Offsets from -2 to 2 and from -3 to 3.
-    expected[2 - 1, 3 + 2] = 5
+    expected[2 + 1, 3 - 2] = 5  # Each reads the patch one below and two to the left.
     np.testing.assert_array_equal(values, expected)
 
 
@@ -907,8 +907,7 @@ def test_the_authors_curves_have_the_papers_table_as_their_best_epochs():
         assert hm.PAPER[tuple(name.split("/"))] == max(curve["test_accuracy"])
 
 
-# Not `strong`, whose runs have settings of an older script.
-FOLDERS = [RESULTS / name for name in ("demo", "published", "shapes", "study", "table1")]
+FOLDERS = sorted({path.parent for path in RESULTS.glob("*/*-seed*.json")})
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -918,7 +917,7 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
         if "-seed" in path.name:  # It is called what the script would call it.
             settings = json.loads(path.read_text())["settings"]
             assert hm.run_name({**hm.DEFAULTS, **settings}) == path.stem
-            assert set(settings) <= {*hm.DEFAULTS, "dataset", "model", "seed"}
+            assert set(settings) <= {*hm.DEFAULTS, *hm.RUN} or folder.name == "strong"
             for other in RESULTS.glob(f"*/{path.name}"):  # A run may stand in two folders.
                 assert other.read_bytes() == path.read_bytes()
     assert hm.report(tmp_path) == (folder / "table.md").read_text()
@@ -926,7 +925,7 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
     assert drawn <= {path.name for path in folder.iterdir()}
     readme = (HERE / "README.md").read_text()
     table = (folder / "table.md").read_text().split("\n\n")[0]
-    assert table in readme or folder.name == "demo"
+    assert table in readme or folder.name in ("demo", "strong")
     tables = [path.read_text() for path in RESULTS.glob("*/*.md")]
     rows = [line for line in readme.splitlines() if re.match(r"\| (cifar|shapes)", line)]
     assert rows and all(any(row in table for table in tables) for row in rows)
@@ -941,18 +940,28 @@ def test_readmes_headline_says_what_the_results_do():
                 for name in (model, "mixer")]  # fmt: skip
         return f"{ends[0] - ends[1]:+.2f}"
 
-    pairs = {model: [gain("table1", name, model) for name in ("cifar10", "cifar100")]
+    data = ("cifar10", "cifar100")
+    pairs = {model: [gain("table1", name, model) for name in data]
              for model in ("interleaved", "hybrid")}  # fmt: skip
-    mixer, hybrid = (run["accuracy"] for run in hm.load_results(RESULTS / "demo"))
+    lost = [gain.replace("-", "") for gain in pairs["hybrid"]]
+    demo = [f"{run['accuracy']:.0f}" for run in hm.load_results(RESULTS / "demo")]
     late = [gain("study", "cifar10", model) for model in ("hybrid", "hybrid_late")]
+    study = {run["model"]: run for run in hm.load_results(RESULTS / "study")}
+    loss = [f"{study[model][key][-1]:.3f}" for key in ("train_loss", "test_loss")
+            for model in ("hybrid", "mixer")]  # fmt: skip
+    strong = [f"{run['accuracy']:.2f}" for run in hm.load_results(RESULTS / "strong")
+              if run["model"] == "interleaved_residual"]  # fmt: skip
     for text in (
         "`interleaved`, {} points on CIFAR-10 and {} on CIFAR-100".format(*pairs["interleaved"]),
-        "`hybrid` ends {} and {} points from the baseline".format(*pairs["hybrid"]),
-        "(`hybrid_late`) turns {} points into {}".format(*late),
-        f"`mixer` ends at {mixer:.0f} and `hybrid` at {hybrid:.0f} % of the test pictures",
+        "`hybrid` ends {} and {} points below `mixer`".format(*lost),
+        "turns {} points into {}".format(*late),
+        "`mixer` ends at {} and `hybrid` at {} % of the test pictures".format(*demo),
+        "(loss {} and {}) and the test images worse ({} and {})".format(*loss),
+        "{} % on CIFAR-10 and {} % on CIFAR-100 (one run each".format(*strong),
     ):
         assert text in readme
-    for dataset in ("cifar10", "cifar100"):  # It fits train images better and test images worse.
+    assert all(gain.startswith("-") for gain in pairs["hybrid"])
+    for dataset in data:  # It fits train images better and test images worse.
         runs = hm.load_results(RESULTS / "table1")
         ends = {run["model"]: run for run in runs if (run["dataset"], run["seed"]) == (dataset, 0)}
         assert ends["hybrid"]["train_loss"][-1] < ends["mixer"]["train_loss"][-1]
@@ -990,7 +999,9 @@ def test_readme_shows_what_the_benchmark_has_measured():
     table, text = ((folder / f"benchmark.{end}").read_text() for end in ("md", "json"))
     result = json.loads(text)
     shown = [line for line in readme.splitlines() if " (time x " in line]
-    assert shown and set(shown) <= set(table.splitlines())
+    assert shown
+    for line in shown:  # The last column is left out.
+        assert any(row.startswith(line[:-1]) for row in table.splitlines())
     assert f"{result['device']}, {result['backend']}" in " ".join(readme.split())
     for line, (name, row) in zip(table.splitlines()[2:], result["models"].items(), strict=True):
         cells = line.strip("| ").split(" | ")
