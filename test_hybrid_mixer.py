@@ -293,6 +293,16 @@ def test_dropout_keeps_the_rate_and_the_mean(rate):
     np.testing.assert_array_equal(layer._dropout(x, False), x)
 
 
+def test_dropout_repeats_with_its_seed_also_from_a_config():
+    x = np.ones((4, 5, 64), "float32")
+    blocks = [hm.MixerBlock(4, 4, dropout=0.5, seed=seed) for seed in (1, 1, 2)]
+    blocks.append(hm.MixerBlock.from_config(blocks[0].get_config()))
+    first, same, other, again = (np.asarray(block._dropout(x, True)) for block in blocks)
+    np.testing.assert_array_equal(first, same)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).mean() == pytest.approx(0.5, abs=0.1)
+
+
 # --------------------------------------------------------------------- copied, saved, loaded
 STANDALONE = """
 import keras
@@ -880,6 +890,17 @@ def test_hardware_is_never_mixed_in_a_row(tmp_path):
     table = hm.report(tmp_path)
     assert "| mixer, abacus, beads | 1,234,567 | 70.00 |" in table
     assert "| mixer, slide rule, beads | 1,234,567 | 80.00 |" in table
+
+
+def test_titles_say_what_curves_share_but_not_the_hardware(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(hm, "plot_curves", lambda groups, title, path: titles.append(title))
+    fake_run(tmp_path, "mixer", 0, 0.70, epochs=2)
+    path, run = fake_run(tmp_path, "mixer", 1, 0.80)
+    run["settings"]["dataset"] = "cifar100"
+    path.write_text(json.dumps({**run, "device": "slide rule"}))
+    hm.report(tmp_path)
+    assert titles == ["CIFAR-10, 2 epochs, 1 seed", "CIFAR-100, 30 epochs, 1 seed"]
 
 
 def test_blocks_are_mapped_by_offset():
