@@ -1,8 +1,8 @@
 """MLP-Mixer with a convolution stem on CIFAR, in one Keras file.
 
 Reproduces Kanazi, Mnaa and Eisa, "Improving MLP-Mixer Performance on Small Image Datasets Using
-Locality-Aware Modifications". An MLP-Mixer isn't told which patches are neighbours; a 3x3
-depthwise and a 1x1 convolution, before the blocks or between them, mix each with those around it.
+Locality-Aware Modifications". An MLP-Mixer isn't told which patches are neighbours; here
+convolutions, 3x3 depthwise and 1x1, before or behind its blocks mix each with those around it.
 
     python hybrid_mixer.py --dataset cifar100 --model hybrid
 
@@ -41,7 +41,7 @@ class ConvStem(layers.Layer):
 
     `gelu(batch_norm(pointwise(depthwise(x))))`: 3x3 and 1x1, both without bias, 17,536 weights for
     128 channels. The paper's text has the two convolutions alone, its authors' code all four.
-    Between blocks of the Mixer, the same layer serves again.
+    Behind blocks of the Mixer, the same layer serves again.
 
     Args:
         linear: bool, whether to leave out batch norm and GELU. Defaults to `False`.
@@ -568,11 +568,11 @@ def make_rows(groups):
     """Returns the cells of a row for each group; gains over `mixer` are paired by seed."""
     rows = []
     for name, runs in groups.items():
-        dataset, model = runs[0]["dataset"], runs[0]["model"]
+        dataset, model, split = (runs[0][k] for k in ("dataset", "model", "validation_split"))
         mixers = groups.get(name.replace(model, "mixer", 1), []) if model != "mixer" else []
         base = {run["seed"]: run["accuracy"] for run in mixers}
         gains = [run["accuracy"] - base[run["seed"]] for run in runs if run["seed"] in base]
-        paper = PAPER.get((dataset, model)) if runs[0]["epochs"] == 30 else None
+        paper = PAPER.get((dataset, model)) if runs[0]["epochs"] == 30 and not split else None
         rows.append([
             dataset, name, runs[0]["parameters"], mean_std([run["accuracy"] for run in runs]),
             mean_std(gains, "+"), ", ".join(str(run["seed"]) for run in runs),
@@ -609,7 +609,7 @@ def plot_curves(groups, title, path):
 def map_offsets(block, height, width):
     """Returns a block's mean |W1 W2| over pairs of patches, by the offset of the patch read.
 
-    Offsets go up to half of height and width, from the negative ones on: few pairs are farther.
+    Offsets run from minus half of height and width to plus half: few pairs are farther apart.
     """
     w1, w2 = (ops.convert_to_numpy(d.kernel) for d in (block.token_hidden, block.token_output))
     weights = abs(w1 @ w2).T.reshape(height, width, height, width)  # (to y, to x, from y, from x)
@@ -647,9 +647,9 @@ def report(folder):
         notes.append(f"{dataset}: {', '.join(shared)}.\n")
         seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
         common = [text for text in shared if text not in {run["hardware"] for run in runs}]
-        title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common, " or ".join(seeds)])
+        title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common])
         prefix = f"{folder}/{dataset.replace('/', '_')}"
-        plot_curves(groups, title, f"{prefix}_curves.png")
+        plot_curves(groups, f"{title}, {' or '.join(seeds)}", f"{prefix}_curves.png")
         files = {name: group[0]["model_file"] for name, group in groups.items()}
         models = {n: keras.saving.load_model(f) for n, f in files.items() if f.exists()}
         if models:
