@@ -2,7 +2,7 @@
 
 Reproduces Kanazi, Mnaa and Eisa, "Improving MLP-Mixer Performance on Small Image Datasets Using
 Locality-Aware Modifications". An MLP-Mixer isn't told which patches are neighbours; here
-convolutions, 3x3 depthwise and 1x1, before or behind its blocks mix each with those around it.
+convolutions, 3x3 depthwise and 1x1, before or behind its blocks mix each with its neighbours.
 
     python hybrid_mixer.py --dataset cifar100 --model hybrid
 
@@ -18,7 +18,6 @@ import pathlib
 import platform
 import re
 import sys
-import tempfile
 import time
 from typing import NamedTuple
 
@@ -270,10 +269,10 @@ def load_data(name, data_dir=None):
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         builder = tfds.builder(name, data_dir=data_dir)
-        builder.download_and_prepare(download_config=config)
         pixels, label = (builder.info.features[key] for key in builder.info.supervised_keys)
         if len(pixels.shape) != 3 or None in pixels.shape:
             raise ValueError(f"no images of one size, but {pixels.shape}")
+        builder.download_and_prepare(download_config=config)
         test_split = "test" if "test" in builder.info.splits else "validation"
         splits = builder.as_dataset(["train", test_split], batch_size=-1, as_supervised=True)
         return *tfds.as_numpy(splits), label.names
@@ -434,7 +433,7 @@ def train(settings, data, folder):
     name = run_name(settings)
     checkpoint = folder / f".{name}.npz"
     parameters = sum(math.prod(weight.shape) for weight in network.trainable_weights)
-    history = load_checkpoint(checkpoint, trainer)
+    history = load_checkpoint(checkpoint, trainer) if checkpoint.exists() else {}
     done = len(history.get("seconds", []))
     print(f"{name}: {parameters:,} parameters, {done} epochs done before")
     for epoch in range(done, epochs):
@@ -483,13 +482,14 @@ def run_name(settings):
 
 
 def load_checkpoint(path, model):
-    """Loads what `train` has saved there, if anything, into `model`; returns the history."""
-    if not path.exists():
-        return {}
-    with np.load(path) as file:
-        for i, variable in enumerate(model.weights + model.optimizer.variables):
-            variable.assign(file[f"arr_{i}"])
-        return json.loads(file["history"].item())
+    """Loads what `train` has saved there into `model`; returns the history."""
+    try:
+        with np.load(path) as file:
+            for i, variable in enumerate(model.weights + model.optimizer.variables):
+                variable.assign(file[f"arr_{i}"])
+            return json.loads(file["history"].item())
+    except (ValueError, LookupError, EOFError) as error:
+        raise UserError(f"{path} doesn't fit this model: delete it to start anew.") from error
 
 
 def write_atomically(path, write):
@@ -532,15 +532,15 @@ def load_results(folder):
     Conditions are the epochs, the settings that aren't the defaults and the hardware.
     """
     runs = []
-    for path in sorted(folder.glob("*-seed*.json")):
+    for path in sorted(folder.glob("[!.]*-seed*.json")):
         try:
             run = {"model_file": path.with_suffix(".keras"), **json.loads(path.read_text())}
             run |= DEFAULTS | run["settings"] | {k: np.array(run["history"][k]) for k in CURVES}
             run["test_accuracy"] = 100 * run["test_accuracy"]
             run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
             changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
-            run["hardware"] = f"{run['device']}, {run['backend']}"
-            run["conditions"] = [f"{run['epochs']} epochs", *changes, run["hardware"]]
+            hardware = f"{run['device']}, {run['backend']}"
+            run["conditions"] = [f"{run['epochs']} epochs", *changes, hardware]
             order = (run["dataset"], [*MODELS].index(run["model"]), run["conditions"], run["seed"])
             runs.append((order, run))
         except (ValueError, LookupError, TypeError) as error:
@@ -568,11 +568,12 @@ def make_rows(groups):
     """Returns the cells of a row for each group; gains over `mixer` are paired by seed."""
     rows = []
     for name, runs in groups.items():
-        dataset, model, split = (runs[0][k] for k in ("dataset", "model", "validation_split"))
+        dataset, model, settings = (runs[0][k] for k in ("dataset", "model", "settings"))
         mixers = groups.get(name.replace(model, "mixer", 1), []) if model != "mixer" else []
         base = {run["seed"]: run["accuracy"] for run in mixers}
         gains = [run["accuracy"] - base[run["seed"]] for run in runs if run["seed"] in base]
-        paper = PAPER.get((dataset, model)) if runs[0]["epochs"] == 30 and not split else None
+        other = list_changes({**settings, "schedule": "cosine"})  # The paper names none.
+        paper = None if other else PAPER.get((dataset, model))
         rows.append([
             dataset, name, runs[0]["parameters"], mean_std([run["accuracy"] for run in runs]),
             mean_std(gains, "+"), ", ".join(str(run["seed"]) for run in runs),
@@ -593,7 +594,7 @@ def plot_curves(groups, title, path):
             values = np.array([run[key] for run in runs])
             mean, std = values.mean(0), values.std(0, ddof=int(len(runs) > 1))
             epochs = np.arange(1, len(mean) + 1)
-            axis.plot(epochs, mean, ls=dash, color=color, alpha=alpha, label=label)
+            axis.plot(epochs, mean, ".", markevery=[-1], ls=dash, c=color, alpha=alpha, label=label)
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
         accuracy.text(epochs[-1], mean[-1], f" {mean[-1]:.1f}", color=color, va="center")
     for axis in (loss, accuracy):
@@ -601,7 +602,7 @@ def plot_curves(groups, title, path):
         axis.xaxis.get_major_locator().set_params(integer=True)
     loss.set(title="loss: test strong, train pale", xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(title="test accuracy", xlabel="epoch", ylabel="%", xmargin=0.1)
-    accuracy.legend(loc="lower right")
+    loss.legend(*accuracy.get_legend_handles_labels(), loc="upper right")
     figure.suptitle(title)
     figure.savefig(path)
 
@@ -609,7 +610,7 @@ def plot_curves(groups, title, path):
 def map_offsets(block, height, width):
     """Returns a block's mean |W1 W2| over pairs of patches, by the offset of the patch read.
 
-    Offsets run from minus half of height and width to plus half: few pairs are farther apart.
+    Offsets run from minus half of height and width to plus half; larger ones have fewer pairs.
     """
     w1, w2 = (ops.convert_to_numpy(d.kernel) for d in (block.token_hidden, block.token_output))
     weights = abs(w1 @ w2).T.reshape(height, width, height, width)  # (to y, to x, from y, from x)
@@ -642,11 +643,11 @@ def report(folder):
     head = "data set|model|parameters|test accuracy, %|gain, points|seeds|paper, %"
     rows = [head.split("|"), ["---"] * 7]
     for dataset, part in itertools.groupby(runs, key=lambda run: run["dataset"]):
-        shared, groups = group_runs(list(part))
+        shared, groups = group_runs(part := list(part))
         rows += make_rows(groups)
         notes.append(f"{dataset}: {', '.join(shared)}.\n")
         seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
-        common = [text for text in shared if text not in {run["hardware"] for run in runs}]
+        common = [text for text in shared if text != part[0]["conditions"][-1]]  # No hardware.
         title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common])
         prefix = f"{folder}/{dataset.replace('/', '_')}"
         plot_curves(groups, f"{title}, {' or '.join(seeds)}", f"{prefix}_curves.png")
@@ -729,7 +730,6 @@ def main(argv):
         if argv[1:]:
             raise UserError(f"{argv[1]!r} is no flag: see --help.")
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # Rather now than after an epoch.
         print(f"{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
         if machine["device"].endswith("CPU cores") and not values["plot"]:
             print("NO GPU FOUND: on a CPU, 30 epochs of CIFAR take an hour or two. An NVIDIA GPU, "
