@@ -539,8 +539,8 @@ def load_results(folder):
             run["test_accuracy"] = 100 * run["test_accuracy"]
             run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
             changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
-            hardware = f"{run['device']}, {run['backend']}"
-            run["conditions"] = [f"{run['epochs']} epochs", *changes, hardware]
+            run["hardware"] = f"{run['device']}, {run['backend']}"
+            run["conditions"] = [f"{run['epochs']} epochs", *changes, run["hardware"]]
             order = (run["dataset"], [*MODELS].index(run["model"]), run["conditions"], run["seed"])
             runs.append((order, run))
         except (ValueError, LookupError, TypeError) as error:
@@ -647,7 +647,7 @@ def report(folder):
         rows += make_rows(groups)
         notes.append(f"{dataset}: {', '.join(shared)}.\n")
         seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
-        common = [text for text in shared if text != part[0]["conditions"][-1]]  # No hardware.
+        common = [text for text in shared if text != part[0]["hardware"]]
         title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common])
         prefix = f"{folder}/{dataset.replace('/', '_')}"
         plot_curves(groups, f"{title}, {' or '.join(seeds)}", f"{prefix}_curves.png")
