@@ -210,7 +210,6 @@ def test_parameters_are_the_papers(name):
     expected = 605_834 + convs * 17_792 - (256 if name == "hybrid_linear" else 0)
     assert count_parameters(model) == expected
     assert model.output_shape == (None, 10)
-    assert {"hybrid": 623_626, "interleaved": 694_794}.get(name, expected) == expected
 
 
 def test_kernels_and_biases_start_uniform_by_fan_in():
@@ -1021,8 +1020,8 @@ def test_readmes_headline_says_what_the_results_do():
         return np.mean([run["accuracy"] - mixer["accuracy"] for run, mixer in pairs(*names)])
 
     data = ("cifar10", "cifar100")
-    interleaved, hybrid = ([gain("table1", name, model) for name in data]
-                           for model in ("interleaved", "hybrid"))  # fmt: skip
+    models = ("interleaved", "hybrid", "hybrid_linear")
+    interleaved, hybrid, linear = ([gain("table1", d, model) for d in data] for model in models)
     demo = [run["accuracy"] for run in load("demo")]
     late = [gain("study", "cifar10", model) for model in ("hybrid", "hybrid_late")]
     (study,) = pairs("study", "cifar10", "hybrid")
@@ -1035,6 +1034,7 @@ def test_readmes_headline_says_what_the_results_do():
     for text in (
         "`interleaved`, {:+.2f} points on CIFAR-10 and {:+.2f} on CIFAR-100".format(*interleaved),
         "`hybrid` ends {:.2f} and {:.2f} points below `mixer`".format(*np.negative(hybrid)),
+        "`hybrid_linear` ends where `mixer` does ({:+.2f} and {:+.2f}, one seed)".format(*linear),
         "the move turns {:+.2f} points into {:+.2f}".format(*late),
         "`mixer` ends at {:.0f} and `hybrid` at {:.0f} % of the test pictures".format(*demo),
         "(loss {:.3f} and {:.3f}) and the test images worse ({:.3f} and {:.3f})".format(*loss),
@@ -1043,7 +1043,7 @@ def test_readmes_headline_says_what_the_results_do():
         "from epoch 15 on within {:.2f} points".format(np.abs(apart)[:, 14:].max()),
     ):
         assert text in readme
-    for dataset in data:  # It fits train images better and test images worse.
+    for dataset in data:  # Lower train loss and higher test loss.
         for run, mixer in pairs("table1", dataset, "hybrid"):
             assert run["train_loss"][-1] < mixer["train_loss"][-1]
             assert run["test_loss"][-1] > mixer["test_loss"][-1]
