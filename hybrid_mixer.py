@@ -38,9 +38,9 @@ from keras import layers, ops
 class ConvStem(layers.Layer):
     """Depthwise separable convolution that mixes each patch with its neighbours.
 
-    `gelu(batch_norm(pointwise(depthwise(x))))`: 3x3 and 1x1, both without bias, 17,536 weights for
-    128 channels. The paper's text has the two convolutions alone, its authors' code all four.
-    Behind blocks of the Mixer, the same layer serves again.
+    `gelu(batch_norm(pointwise(depthwise(x))))`: 3x3 and 1x1, both without bias, their kernels at
+    first uniform in +-1/sqrt(fan_in); batch norm with momentum 0.9 and epsilon 1e-5; the exact
+    GELU. The paper's text has the two convolutions alone, its authors' code all four.
 
     Args:
         linear: bool, whether to leave out batch norm and GELU. Defaults to `False`.
@@ -63,8 +63,7 @@ class ConvStem(layers.Layer):
             wanted = "(batch, height, width, channels), channels known"
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
         channels = input_shape[-1]
-        # Kernels start uniform in +-1/sqrt(fan_in); a depthwise filter sees one channel.
-        spatial = keras.initializers.RandomUniform(-1 / 3, 1 / 3)
+        spatial = keras.initializers.RandomUniform(-1 / 3, 1 / 3)  # A filter sees 9 values.
         across = keras.initializers.RandomUniform(-(channels**-0.5), channels**-0.5)
         policy = self.dtype_policy
         common = {"data_format": "channels_last", "use_bias": False, "dtype": policy}
@@ -96,7 +95,8 @@ class MixerBlock(layers.Layer):
     """One block of the MLP-Mixer: an MLP across tokens (patches), then one across channels.
 
     `u = x + transpose(mlp(transpose(norm(x))))`, `y = u + mlp(norm(u))`; each MLP is dense, exact
-    GELU, dropout, dense, dropout, and the two layer norms (epsilon 1e-5) share nothing.
+    GELU, dropout, dense, dropout, and the two layer norms (epsilon 1e-5) share nothing. Weights
+    and biases of dense layers are at first uniform in +-1/sqrt(fan_in).
 
     Args:
         tokens_mlp_dim, channels_mlp_dim: int, hidden widths of the two MLPs.
@@ -130,7 +130,7 @@ class MixerBlock(layers.Layer):
             layer.build(input_shape)
             return layer
 
-        def dense(size, units):  # Kernel and bias start uniform in +-1/sqrt(fan_in).
+        def dense(size, units):
             names, bound = ("kernel_initializer", "bias_initializer"), size**-0.5
             uniform = {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
             layer = layers.Dense(units, **uniform, dtype=policy)
