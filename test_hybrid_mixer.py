@@ -1033,8 +1033,8 @@ def test_readmes_headline_says_what_the_results_do():
     printed = "points of what the authors' notebook printed, from epoch 15 on within"
     for text in (
         "`interleaved`, {:+.2f} points on CIFAR-10 and {:+.2f} on CIFAR-100".format(*interleaved),
-        "`hybrid` ends {:.2f} and {:.2f} points below `mixer`".format(*np.negative(hybrid)),
-        "`hybrid_linear` ends where `mixer` does ({:+.2f} and {:+.2f}, one seed)".format(*linear),
+        "{:.2f} (one seed) and {:.2f} points below `mixer`".format(*np.negative(hybrid)),
+        "`hybrid_linear` ends near `mixer` ({:+.2f} and {:+.2f})".format(*linear),
         "the move turns {:+.2f} points into {:+.2f}".format(*late),
         "`mixer` ends at {:.0f} and `hybrid` at {:.0f} % of the test pictures".format(*demo),
         "(loss {:.3f} and {:.3f}) and the test images worse ({:.3f} and {:.3f})".format(*loss),
