@@ -2,7 +2,7 @@
 
 Reproduces Kanazi, Mnaa and Eisa, "Improving MLP-Mixer Performance on Small Image Datasets Using
 Locality-Aware Modifications". An MLP-Mixer isn't told which patches are neighbours; here
-convolutions, 3x3 depthwise and 1x1, before or behind its blocks mix each with its neighbours.
+convolutions, 3x3 depthwise and then 1x1, mix neighbours before or after its blocks.
 
     python hybrid_mixer.py --dataset cifar100 --model hybrid
 
@@ -19,6 +19,7 @@ import platform
 import re
 import sys
 import time
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ class ConvStem(layers.Layer):
 
     `gelu(batch_norm(pointwise(depthwise(x))))`: 3x3 and 1x1, both without bias, their kernels at
     first uniform in +-1/sqrt(fan_in); batch norm with momentum 0.9 and epsilon 1e-5; the exact
-    GELU. The paper's text has the two convolutions alone, its authors' code all four.
+    GELU. The paper's text has only the two convolutions, its authors' code all of it.
 
     Args:
         linear: bool, whether to leave out batch norm and GELU. Defaults to `False`.
@@ -122,7 +123,6 @@ class MixerBlock(layers.Layer):
         if len(input_shape) != 3 or None in input_shape[1:]:
             wanted = "(batch, tokens, channels), both known, so flatten a grid with Reshape"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
-
         (_, tokens, channels), policy = input_shape, self.dtype_policy
 
         def norm():
@@ -185,10 +185,10 @@ class UserError(ValueError):
 class Design(NamedTuple):
     """What a model has beside patch embedding, Mixer blocks and head."""
 
-    stem: dict | None = None  # Arguments of a `ConvStem` behind patch embedding; None: no stem.
-    conv_every: float = math.inf  # A `ConvStem` stands behind every so many blocks; inf: never.
-    last_conv: float = math.inf  # The last block that one may stand behind.
-    residual: bool = False  # Whether those behind blocks are added to their input.
+    stem: dict | None = None  # Arguments of a `ConvStem` after patch embedding; None: no stem.
+    conv_every: float = math.inf  # A `ConvStem` follows every so many blocks; inf: never.
+    last_conv: float = math.inf  # The last block that one may follow.
+    residual: bool = False  # Whether those after blocks are added to their input.
 
 
 MODELS = {
@@ -488,7 +488,7 @@ def load_checkpoint(path, model):
             for i, variable in enumerate(model.weights + model.optimizer.variables):
                 variable.assign(file[f"arr_{i}"])
             return json.loads(file["history"].item())
-    except (ValueError, LookupError, EOFError) as error:
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} doesn't fit this model: delete it to start anew.") from error
 
 

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 
 import keras
 import numpy as np
@@ -65,13 +64,6 @@ def losses(folder):
 
 def count_parameters(model):
     return sum(np.asarray(weight).size for weight in model.trainable_weights)
-
-
-def cross_entropy(model, images, labels):
-    """Returns the mean loss of a model from images to logits, by NumPy."""
-    logits = model.predict(images, verbose=0).astype("float64")
-    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
-    return -logits[np.arange(len(labels)), labels].mean()
 
 
 @pytest.fixture
@@ -180,6 +172,13 @@ def test_stem_equals_numpy(linear, residual):
     x = np.random.default_rng(1).normal(size=(3, 5, 7, 6))
     expected = np_stem(x, iter(weights), linear, residual)
     np.testing.assert_allclose(layer(x, training=False), expected, atol=1e-4)
+    if not linear:  # In training, the batch's own mean and variance count; a tenth of them stays.
+        y = np_stem(x, iter(weights), linear=True)
+        batch = [y.mean((0, 1, 2)), y.var((0, 1, 2))]
+        expected = np_stem(x, iter([*weights[:4], *batch]), residual=residual)
+        np.testing.assert_allclose(layer(x, training=True), expected, atol=1e-4)
+        moved = 0.9 * np.array(weights[4:]) + 0.1 * np.array(batch)
+        np.testing.assert_allclose(layer.get_weights()[4:], moved, atol=1e-5)
 
 
 def test_block_equals_numpy():
@@ -294,6 +293,19 @@ def test_dropout_keeps_the_rate_and_the_mean(rate):
     np.testing.assert_array_equal(layer._dropout(x, False), x)
 
 
+@pytest.mark.parametrize("mlp", ["token", "channel"])
+def test_an_mlp_drops_after_each_of_its_dense_layers(mlp):
+    block = hm.MixerBlock(30, 30, dropout=0.5)
+    block.build((None, 30, 30))
+    for weight in block.trainable_weights:
+        weight.assign(np.zeros(weight.shape))
+    getattr(block, f"{mlp}_hidden").bias.assign(np.ones(30))
+    getattr(block, f"{mlp}_output").kernel.assign(np.eye(30))
+    y = np.asarray(block(np.zeros((50, 30, 30)), training=True))
+    np.testing.assert_allclose(np.unique(y), [0, 4 * np_gelu(1.0)], rtol=1e-5)  # Doubled twice.
+    assert (y == 0).mean() == pytest.approx(0.75, abs=0.02)
+
+
 def test_dropout_repeats_with_its_seed_also_from_a_config():
     x = np.ones((4, 5, 64), "float32")
     blocks = [hm.MixerBlock(4, 4, dropout=0.5, seed=seed) for seed in (1, 1, 2)]
@@ -355,8 +367,12 @@ def test_saved_model_loads_in_a_fresh_process_and_takes_pixels(tmp_path, backend
     np.testing.assert_allclose(trainer.predict(images, verbose=0), expected, atol=1e-3)
     assert np.abs(np.asarray(trainer(images, training=True)) - expected).max() > 1e-2
     np.save(tmp_path / "images.npy", images)
-    code = (
-        "import sys, numpy as np, hybrid_mixer, keras; folder = sys.argv[1];"
+    code = (  # Importing the script sets what TensorFlow reads, but defines no flags.
+        "import os, sys; os.environ.pop('TF_CPU_ALLOCATOR_USE_BFC', None); import hybrid_mixer;"
+        "assert os.environ['TF_CPU_ALLOCATOR_USE_BFC'] == 'true';"
+        "assert 'tensorflow_datasets' not in sys.modules;"
+        "from absl import flags; assert 'epochs' not in flags.FLAGS;"
+        "import numpy as np, keras; folder = sys.argv[1];"
         "model = keras.saving.load_model(folder + '/model.keras', safe_mode=True);"
         "logits = model.predict(np.load(folder + '/images.npy'), verbose=0);"
         "np.save(folder + '/logits.npy', logits)"
@@ -364,17 +380,6 @@ def test_saved_model_loads_in_a_fresh_process_and_takes_pixels(tmp_path, backend
     done = run_python("-c", code, tmp_path, backend=backend)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-3)
-
-
-def test_import_defines_no_flags_and_sets_what_tensorflow_reads():
-    code = (
-        "import os, sys; os.environ.pop('TF_CPU_ALLOCATOR_USE_BFC', None); import hybrid_mixer;"
-        "from absl import flags; assert 'epochs' not in flags.FLAGS;"
-        "assert os.environ['TF_CPU_ALLOCATOR_USE_BFC'] == 'true';"
-        "assert 'tensorflow_datasets' not in sys.modules"
-    )
-    done = run_python("-c", code)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 # -------------------------------------------------------------------------------------- data
@@ -465,8 +470,13 @@ def test_shapes_are_the_same_each_time_balanced_and_of_the_promised_form():
     np.testing.assert_array_equal(x, hm.draw_shapes(200, 100, seed=3)[0][0])
     assert (hm.draw_shapes(200, 100, seed=4)[0][0] != x).any()
     assert x.shape == (200, 32, 32, 3) and x.dtype == "uint8" and len(x_test) == 100
-    assert len(set(names)) == 10
     assert np.bincount(np.concatenate([y, y_test])).tolist() == [30] * 10
+    forms = set()  # Of the pixels that have a picture's most frequent colour.
+    for picture, label in zip(x, y):
+        colours, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+        places = np.argwhere((picture == colours[counts.argmax()]).all(-1))
+        forms.add((label, (places - places.min(0)).tobytes()))
+    assert len(forms) == len({form for _, form in forms}) == len(set(names)) == 10
 
 
 def prepared(name):
@@ -541,10 +551,10 @@ def test_other_data_sets_of_tfds_load_and_train_also_grey_ones(tmp_path):
     (x, y), (x_test, y_test), names = data
     assert x.shape == (60, 8, 12, 1) and len(x_test) == 20 and names == ["dark", "bright"]
     np.testing.assert_array_equal(x[:, 0, 0, 0] > 100, y == 1)
-    changes = {"num_blocks": 1, "batch_size": 16, "epochs": 8, "precision": "mixed_bfloat16"}
+    changes = {"num_blocks": 1, "batch_size": 16, "epochs": 8, "precision": "mixed_float16"}
     settings = settings_with(dataset="tiles/8x12", model="hybrid", **changes)
     assert hm.train(settings, data, tmp_path)["final_test_accuracy"] == 1.0
-    name = "tiles_8x12-hybrid-epochs_8-batch_size_16-num_blocks_1-precision_mixed_bfloat16-seed0"
+    name = "tiles_8x12-hybrid-epochs_8-batch_size_16-num_blocks_1-precision_mixed_float16-seed0"
     assert (tmp_path / f"{name}.json").exists()
 
 
@@ -557,11 +567,14 @@ def test_data_that_does_not_serve_is_refused(tmp_path):
 
 
 # ---------------------------------------------------------------------------------- training
-@pytest.mark.parametrize("half_period", [199, 30])
-def test_learning_rate_follows_its_closed_form(half_period):
-    steps, schedule = np.arange(200), hm.Cosine(3e-3, half_period)
-    expected = 3e-3 * np.cos(np.pi * steps / (2 * half_period)) ** 2
-    np.testing.assert_allclose([schedule(step) for step in steps], expected, atol=1e-8)
+@pytest.mark.parametrize("schedule, half_period", [("cosine", 4 * 25), ("published", 30)])
+def test_learning_rate_follows_its_closed_form(schedule, half_period):
+    settings = settings_with(schedule=schedule, epochs=4, batch_size=2, **SMALL)
+    optimizer = hm.make_models(settings, np.zeros((49, 8, 8, 3), "uint8"), 4)[1].optimizer
+    for step in range(100):
+        optimizer.iterations.assign(step)
+        expected = 3e-3 * np.cos(np.pi * step / (2 * half_period)) ** 2
+        np.testing.assert_allclose(optimizer.learning_rate, expected, atol=1e-8)
 
 
 def test_weight_decay_acts_on_every_weight():
@@ -632,7 +645,9 @@ def test_a_result_says_what_was_reached(whole):
     model = keras.saving.load_model(whole[0] / f"{name}.keras")
     assert not model.compiled and result["parameters"] == count_parameters(model)
     _, (images, labels), _ = hm.draw_shapes(200, 40)
-    loss = cross_entropy(model, images, labels)
+    logits = model.predict(images, verbose=0).astype("float64")
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    loss = -logits[np.arange(40), labels].mean()
     assert loss == pytest.approx(history["test_loss"][-1], rel=1e-4)
 
 
@@ -719,8 +734,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_and_left_alone(damage, stopp
     if damage == "another model's":
         np.savez(checkpoint, np.zeros(3), history="{}")
     content = checkpoint.read_bytes()
-    told = "not a zip file" if damage == "half" else "npz doesn't fit this model: delete it"
-    with pytest.raises((hm.UserError, zipfile.BadZipFile), match=told):
+    with pytest.raises(hm.UserError, match="npz doesn't fit this model: delete it"):
         run_small(tmp_path, epochs=1)
     assert checkpoint.read_bytes() == content
 
@@ -742,14 +756,13 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_mixed_precision_trains_and_resumes(tmp_path):
+def test_mixed_precision_resumes(tmp_path):
     settings = {"precision": "mixed_float16", "schedule": "published", "epochs": 2}
     (tmp_path / "stopped").mkdir()
     (tmp_path / "whole").mkdir()
     put_checkpoint(tmp_path / "stopped", **settings)
     for folder in ("stopped", "whole"):
-        result = run_small(tmp_path / folder, **settings)
-        assert result["history"]["train_loss"][0] < 2.6
+        run_small(tmp_path / folder, **settings)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
@@ -775,8 +788,6 @@ def test_sweep_writes_results_models_plots_and_table(swept):
     on_cpu = " CPU cores, Keras " in done.stdout
     assert ("NO GPU FOUND" in done.stdout) == ('"tensorflow[and-cuda]"' in done.stdout) == on_cpu
     assert "parameters, 0 epochs done before" in done.stdout and "Epoch 2/2" in done.stdout
-    for path in folder.glob("*.png"):
-        assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
 
 
 def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(
@@ -939,17 +950,6 @@ def test_hardware_is_never_mixed_in_a_row(tmp_path):
 def test_only_what_the_paper_has_run_stands_beside_its_accuracy(name, value, paper, tmp_path):
     fake_run(tmp_path, "mixer", 0, 0.70, **{name: value})
     assert f"| 70.00 |  | 0 | {paper} |" in hm.report(tmp_path)
-
-
-def test_titles_say_what_curves_share_but_not_the_hardware(tmp_path, monkeypatch):
-    titles = []
-    monkeypatch.setattr(hm, "plot_curves", lambda groups, title, path: titles.append(title))
-    fake_run(tmp_path, "mixer", 0, 0.70, epochs=2)
-    path, run = fake_run(tmp_path, "mixer", 1, 0.80)
-    run["settings"]["dataset"] = "cifar100"
-    path.write_text(json.dumps({**run, "device": "slide rule"}))
-    hm.report(tmp_path)
-    assert titles == ["CIFAR-10, 2 epochs, 1 seed", "CIFAR-100, 30 epochs, 1 seed"]
 
 
 def test_blocks_are_mapped_by_offset():
