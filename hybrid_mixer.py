@@ -10,13 +10,16 @@ trains for 30 epochs and writes result, model, plots and table to results/ (see 
 """
 
 import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import pathlib
 import platform
+import random
 import re
+import shlex
 import sys
 import time
 import zipfile
@@ -24,7 +27,6 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags, logging
-from matplotlib.figure import Figure
 
 # TensorFlow reads both as it is imported.
 os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # Reuses memory: up to 1.4 times as fast.
@@ -47,7 +49,13 @@ class ConvStem(layers.Layer):
         linear: bool, whether to leave out batch norm and GELU. Defaults to `False`.
         residual: bool, whether to add the input to the output. Defaults to `False`.
 
-    Input and output shape: `(batch, height, width, channels)`, channels known.
+    Call arguments:
+        inputs: grid of patches, a float tensor.
+        training: bool, whether batch norm uses the batch's own mean and variance.
+
+    Input shape: `(batch, height, width, channels)`; channels are fixed when the layer is built.
+    Output shape: that of the input.
+    Raises: `ValueError` for other shapes.
     Reference: Kanazi, Mnaa and Eisa, section 3.1.
 
     >>> ConvStem()(keras.Input((8, 6, 128))).shape
@@ -63,10 +71,10 @@ class ConvStem(layers.Layer):
         if len(input_shape) != 4 or input_shape[-1] is None:
             wanted = "(batch, height, width, channels), channels known"
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
-        channels = input_shape[-1]
+        channels, policy = input_shape[-1], self.dtype_policy
+        self.input_spec = layers.InputSpec(ndim=4, axes={-1: channels})
         spatial = keras.initializers.RandomUniform(-1 / 3, 1 / 3)  # A filter sees 9 values.
         across = keras.initializers.RandomUniform(-(channels**-0.5), channels**-0.5)
-        policy = self.dtype_policy
         common = {"data_format": "channels_last", "use_bias": False, "dtype": policy}
         self.depthwise = layers.DepthwiseConv2D(
             3, padding="same", depthwise_initializer=spatial, **common
@@ -100,11 +108,20 @@ class MixerBlock(layers.Layer):
     and biases of dense layers are at first uniform in +-1/sqrt(fan_in).
 
     Args:
-        tokens_mlp_dim, channels_mlp_dim: int, hidden widths of the two MLPs.
-        dropout: float from 0 to 0.99, chance of an activation to be zeroed in training.
-        seed: int or `None`, what dropout's random numbers start from.
+        tokens_mlp_dim: int, hidden width of the MLP across tokens.
+        channels_mlp_dim: int, hidden width of the MLP across channels.
+        dropout: float from 0 to below 1, chance of an activation to be zeroed in training.
+            Defaults to `0.0`.
+        seed: int or `None`, what dropout's random numbers start from. Defaults to `None`: from
+            chance, or from what `keras.utils.set_random_seed` was given.
 
-    Input and output shape: `(batch, tokens, channels)`, tokens and channels known.
+    Call arguments:
+        inputs: tokens, a float tensor.
+        training: bool, whether dropout acts.
+
+    Input shape: `(batch, tokens, channels)`; tokens and channels are fixed when it is built.
+    Output shape: that of the input.
+    Raises: `ValueError` for other shapes, and for sizes and rates that can't be.
     Reference: Tolstikhin et al., 2021; Kanazi, Mnaa and Eisa, equations 1 and 2.
 
     >>> MixerBlock(tokens_mlp_dim=64, channels_mlp_dim=256)(keras.Input((48, 128))).shape
@@ -113,36 +130,41 @@ class MixerBlock(layers.Layer):
 
     def __init__(self, tokens_mlp_dim, channels_mlp_dim, dropout=0.0, seed=None, **kwargs):
         super().__init__(**kwargs)
-        if not 0 <= dropout <= 0.99:
-            raise ValueError(f"`dropout` must be from 0 to 0.99. Received: {dropout}")
-        self.tokens_mlp_dim, self.channels_mlp_dim = tokens_mlp_dim, channels_mlp_dim
-        self.dropout, self.seed = dropout, seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        sizes = {"tokens_mlp_dim": tokens_mlp_dim, "channels_mlp_dim": channels_mlp_dim}
+        for name, size in sizes.items():
+            if not hasattr(size, "__index__") or size < 1:  # NumPy's integers have it too.
+                raise ValueError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
+        if not hasattr(dropout, "__float__") or not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` must be from 0 to below 1. Received: dropout={dropout}")
+        self.tokens_mlp_dim, self.channels_mlp_dim = int(tokens_mlp_dim), int(channels_mlp_dim)
+        self.dropout, self.seed = float(dropout), seed if seed is None else int(seed)
 
     def build(self, input_shape):
         if len(input_shape) != 3 or None in input_shape[1:]:
             wanted = "(batch, tokens, channels), both known, so flatten a grid with Reshape"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
         (_, tokens, channels), policy = input_shape, self.dtype_policy
+        self.input_spec = layers.InputSpec(shape=(None, tokens, channels))
 
         def norm():
             layer = layers.LayerNormalization(epsilon=1e-5, dtype=policy)
             layer.build(input_shape)
             return layer
 
-        def dense(size, units):
+        def dense(size, units, activation=None):
             names, bound = ("kernel_initializer", "bias_initializer"), size**-0.5
             uniform = {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
-            layer = layers.Dense(units, **uniform, dtype=policy)
+            layer = layers.Dense(units, activation, **uniform, dtype=policy)
             layer.build((None, None, size))
             return layer
 
         self.token_norm = norm()
-        self.token_hidden = dense(tokens, self.tokens_mlp_dim)
+        self.token_hidden = dense(tokens, self.tokens_mlp_dim, "gelu")  # Keras's is exact.
         self.token_output = dense(self.tokens_mlp_dim, tokens)
         self.channel_norm = norm()
-        self.channel_hidden = dense(channels, self.channels_mlp_dim)
+        self.channel_hidden = dense(channels, self.channels_mlp_dim, "gelu")
         self.channel_output = dense(self.channels_mlp_dim, channels)
+        self.drop = layers.Dropout(self.dropout, seed=self.seed, dtype=policy)  # New masks a call.
 
     def call(self, inputs, training=None):
         x = ops.transpose(self.token_norm(inputs), (0, 2, 1))
@@ -152,22 +174,8 @@ class MixerBlock(layers.Layer):
         return inputs + self._mlp(x, self.channel_hidden, self.channel_output, training)
 
     def _mlp(self, x, hidden, output, training):
-        x = hidden(x) * 0.5**0.5
-        x = x * (0.5**0.5 * (1 + ops.erf(x)))  # The exact GELU, in the fewest passes.
-        return self._dropout(output(self._dropout(x, training)), training)
-
-    def _dropout(self, x, training):
-        if not training or self.dropout == 0:
-            return x
-        # Random numbers are what dropout costs on a CPU, so one byte decides on each element; the
-        # threshold for bytes is rounded at random, which keeps the rate exact on average.
-        (*outer, size), seed = ops.shape(x), self.seed_generator
-        num_words = (size + 3) // 4  # of four bytes each
-        words = keras.random.randint((*outer, num_words), -(2**31), 2**31 - 1, seed=seed)
-        draws = ops.view(words, "uint8")[..., :size]
-        rounding = keras.random.uniform((), dtype="float32", seed=seed)
-        keep = draws >= ops.cast(ops.floor(256 * self.dropout + rounding), "uint8")
-        return x * (ops.cast(keep, x.dtype) * (1 / (1 - self.dropout)))
+        x = self.drop(hidden(x), training=training)
+        return self.drop(output(x), training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -182,9 +190,13 @@ class UserError(ValueError):
     """One sentence for whoever gave the command: what is wrong and what to do."""
 
 
+CHANNELS_LAST = {"data_format": "channels_last"}  # Whatever a user's keras.json says.
+
+
 class Design(NamedTuple):
     """What a model has beside patch embedding, Mixer blocks and head."""
 
+    text: str  # What it is, for the table.
     stem: dict | None = None  # Arguments of a `ConvStem` after patch embedding; None: no stem.
     conv_every: float = math.inf  # A `ConvStem` follows every so many blocks; inf: never.
     last_conv: float = math.inf  # The last block that one may follow.
@@ -192,17 +204,17 @@ class Design(NamedTuple):
 
 
 MODELS = {
-    "mixer": Design(),  # The paper's baseline.
-    "hybrid": Design(stem={}),  # One stem, where the paper's text puts it.
-    "hybrid_linear": Design(stem={"linear": True}),
-    "hybrid_residual": Design(stem={"residual": True}),
-    "hybrid_late": Design(conv_every=1, last_conv=1),
-    "interleaved": Design(stem={}, conv_every=2),  # What the authors' code trains.
-    "interleaved_no_stem": Design(conv_every=2),
-    "interleaved_residual": Design(stem={}, conv_every=2, residual=True),
-    "interleaved_4": Design(stem={}, conv_every=4),
-    "interleaved_3": Design(stem={}, conv_every=3),
-    "interleaved_1": Design(stem={}, conv_every=1),
+    "mixer": Design("no convolution: the paper's baseline"),
+    "hybrid": Design("a stem with batch norm and GELU", {}),
+    "hybrid_linear": Design("a stem as in the paper's text: convolutions alone", {"linear": True}),
+    "hybrid_residual": Design("a stem that is added to its input", {"residual": True}),
+    "hybrid_late": Design("one convolution, after block 1", conv_every=1, last_conv=1),
+    "interleaved": Design("what the paper trained: a stem, and one after every 2nd block", {}, 2),
+    "interleaved_no_stem": Design("a convolution after every 2nd block, no stem", None, 2),
+    "interleaved_residual": Design("interleaved, those after blocks added", {}, 2, residual=True),
+    "interleaved_4": Design("a stem, and one after every 4th block", {}, 4),
+    "interleaved_3": Design("a stem, and one after every 3rd block", {}, 3),
+    "interleaved_1": Design("a stem, and one after every block", {}, 1),
 }
 
 
@@ -219,69 +231,164 @@ def build_model(
         tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
 
     Returns a Functional `keras.Model` from normalised images `(batch, height, width, channels)` to
-    float32 logits `(batch, num_classes)`. Raises `UserError` if the images can't be cut up.
+    float32 logits `(batch, num_classes)`. Raises `UserError` for what can't be built.
     """
+    if model not in MODELS:
+        raise UserError(f"`model` must be one of {', '.join(MODELS)}. Received: model={model}")
     height, width, channels = image_shape
+    sizes = {"num_classes": num_classes, "patch_size": patch_size, "hidden_dim": hidden_dim,
+             "num_blocks": num_blocks, "image_shape": min(image_shape)}  # fmt: skip
+    for name, size in sizes.items():
+        if not hasattr(size, "__index__") or size < 1:
+            raise UserError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
     if height % patch_size or width % patch_size:
         raise UserError(f"{height}x{width} pixels aren't whole patches: give a --patch_size that "
                         f"divides both. Received: {patch_size}")  # fmt: skip
     design = MODELS[model]
     grid = (height // patch_size, width // patch_size, hidden_dim)
-    to_grid, to_tokens = layers.Reshape(grid), layers.Reshape((grid[0] * grid[1], hidden_dim))
+    tokens = (grid[0] * grid[1], hidden_dim)
 
     def uniform(fan_in):  # in +-1/sqrt(fan_in), as in the layers
         names, bound = ("kernel_initializer", "bias_initializer"), fan_in**-0.5
         return {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
 
-    images = keras.Input(image_shape, name="images")
-    embed = uniform(patch_size**2 * channels)
-    x = layers.Conv2D(hidden_dim, patch_size, patch_size, **embed, name="patch_embedding")(images)
+    images = keras.Input(image_shape, dtype="float32", name="images")
+    embed = {**uniform(patch_size**2 * channels), **CHANNELS_LAST, "name": "patch_embedding"}
+    x = layers.Conv2D(hidden_dim, patch_size, patch_size, **embed)(images)
     if design.stem is not None:
         x = ConvStem(**design.stem, name="stem")(x)
-    x = to_tokens(x)
+    x = layers.Reshape(tokens)(x)
     for i in range(1, num_blocks + 1):
-        x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, dropout, name=f"block_{i}")(x)
+        # Drawn also where nothing is dropped: first weights don't depend on the rate.
+        block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
+        x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
         if i % design.conv_every == 0 and i <= design.last_conv:
-            x = to_tokens(ConvStem(residual=design.residual, name=f"conv_{i}")(to_grid(x)))
+            x = ConvStem(residual=design.residual, name=f"conv_{i}")(layers.Reshape(grid)(x))
+            x = layers.Reshape(tokens)(x)
     x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
-    x = layers.GlobalAveragePooling1D(name="mean_of_tokens")(x)
+    x = layers.GlobalAveragePooling1D(**CHANNELS_LAST, name="mean_of_tokens")(x)
     head = layers.Dense(num_classes, **uniform(hidden_dim), dtype="float32", name="head")
     return keras.Model(images, head(x), name=model)
 
 
 # -------------------------------------------------------------------------------------- data
 @functools.lru_cache(maxsize=1)
-def load_data(name, data_dir=None):
-    """Loads `shapes` or a data set of tensorflow-datasets with labelled images of one size.
+def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
+    """Loads `shapes`, a folder of pictures or a data set of tensorflow-datasets.
+
+    Args:
+        name: str, `shapes`, a folder with `train/CLASS/*.jpg` in it, or a name that tfds knows.
+        data_dir: str or `None`, where tensorflow-datasets keeps its files.
+        image_size: int, pixels of both sides to scale images to; 0: leave them as they are.
+        validation_split: float, last share of the train images to test on instead; 0: none.
 
     Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height, width,
     channels)`, int labels `(n,)`, a list of strings. Raises `UserError` if these can't be had.
     """
     if name == "shapes":
-        return draw_shapes()
+        *splits, class_names = draw_shapes()
+        if image_size:
+            splits = [(scale(images, image_size).numpy(), labels) for images, labels in splits]
+    else:
+        builder = find_builder(name, data_dir, image_size)
+        class_names = builder.info.features[builder.info.supervised_keys[1]].names
+        sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+        second = next((split for split in ("test", "validation") if sizes.get(split)), None)
+        if not sizes.get("train") or not (second or validation_split):
+            raise UserError(
+                f"Data set {name!r} needs images to train on and a test or validation split (or a "
+                f"--validation_split of train). Received: {', '.join(sizes) or 'no split'}"
+            )
+        wanted = ["train"] if validation_split else ["train", second]
+        splits = [read_split(builder, split, image_size) for split in wanted]
+    if validation_split:
+        images, labels = splits[0]
+        cut = len(images) - math.ceil(validation_split * len(images))
+        splits = [(images[:cut], labels[:cut]), (images[cut:], labels[cut:])]
+    return *splits, class_names
+
+
+def find_folder(name):
+    """Returns the path of a folder with splits of pictures in it, or `None` if it's none."""
+    folder = pathlib.Path(name).expanduser().resolve()
+    splits = (folder / split for split in ("train", "test", "validation"))
+    return folder if any(split.is_dir() for split in splits) else None
+
+
+def list_pictures(folder, pattern):
+    """Returns the files in a folder that `tfds.ImageFolder` takes for pictures."""
+    return [f for f in folder.glob(pattern) if f.suffix.lower() in (".jpg", ".jpeg", ".png")]
+
+
+def find_builder(name, data_dir, image_size):
+    """Returns the `tfds.core.DatasetBuilder` of images and labels; its files are there."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
 
     if keras.backend.backend() != "tensorflow":
         tf.config.set_visible_devices([], "GPU")  # Reading files, it would take all GPU memory.
-    downloader.MAX_RETRIES = 0  # Its ten retries take minutes to say that a host is down.
+    told, folder = f"Data set {name!r} can't be had", find_folder(name)
+    try:
+        builder = tfds.ImageFolder(str(folder)) if folder else tfds.builder(name, data_dir=data_dir)
+    except (ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"{told}, as a folder of pictures or from tensorflow-datasets: "
+                        f"{first_line(error)}") from error  # fmt: skip
+    keys = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
+    kinds = [builder.info.features[key] for key in keys]
+    if [type(kind) for kind in kinds] != [tfds.features.Image, tfds.features.ClassLabel]:
+        raise UserError(f"{told}: it has no pairs of one image and one label.")
+    if None in kinds[0].shape[:2] and not image_size:
+        raise UserError(f"{told}: its images may have several sizes. Give an --image_size.")
+    downloader.MAX_RETRIES = 0  # Its ten retries take minutes, and no public option says so.
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
-        pixels, label = (builder.info.features[key] for key in builder.info.supervised_keys)
-        if len(pixels.shape) != 3 or None in pixels.shape:
-            raise ValueError(f"no images of one size, but {pixels.shape}")
-        builder.download_and_prepare(download_config=config)
-        test_split = "test" if "test" in builder.info.splits else "validation"
-        splits = builder.as_dataset(["train", test_split], batch_size=-1, as_supervised=True)
-        return *tfds.as_numpy(splits), label.names
-    except Exception as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if not folder:
+            builder.download_and_prepare(download_config=config)
+    except Exception as error:  # What a download can fail of has no class in common.
         raise UserError(
-            f"Data set {name!r} can't be had ({reason}): mend that, give a --data_dir where it is "
-            "prepared, or take --dataset shapes, which needs no download."
+            f"{told} ({first_line(error)}): mend that, give a --data_dir where it is prepared, or "
+            "take --dataset shapes, which needs no download."
         ) from error
+    for class_name in kinds[1].names if folder else ():
+        if not list_pictures(folder / "train" / class_name, "*"):
+            raise UserError(f"{folder / 'train' / class_name} has no .jpg or .png: add some.")
+    return builder
+
+
+def read_split(builder, split, image_size):
+    """Returns a split's images, scaled one by one if a size is given, and labels."""
+    import tensorflow as tf
+
+    dataset = builder.as_dataset(split, as_supervised=True)
+    if image_size:
+        dataset = dataset.map(lambda image, label: (scale(image, image_size), label))
+    try:
+        batches = list(dataset.batch(1000).as_numpy_iterator())
+    except tf.errors.OpError as error:
+        files = list_pictures(pathlib.Path(builder.data_dir, split), "*/*")  # If it is a folder.
+        broken = next((file for file in files if not is_picture(file)), builder.data_dir)
+        raise UserError(f"{broken} can't be read: mend or delete it.") from error
+    images, labels = (np.concatenate(part) for part in zip(*batches))
+    return images, labels
+
+
+def is_picture(path):
+    """Tells whether TensorFlow can decode a file as a single picture."""
+    import tensorflow as tf
+
+    try:
+        return tf.io.decode_image(tf.io.read_file(str(path))).shape.rank == 3
+    except tf.errors.OpError:
+        return False
+
+
+def scale(images, size):
+    """Scales images to `size` pixels a side: averages areas down, interpolates linearly up."""
+    import tensorflow as tf
+
+    images = tf.image.resize(images, (size, size), antialias=True)
+    return tf.saturate_cast(tf.round(images), "uint8")
 
 
 def draw_shapes(num_train=5000, num_test=1000, seed=0):
@@ -330,16 +437,17 @@ class ColorJitter(layers.Layer):
         if not training:
             return x
         each, seed = (ops.shape(x)[0], 1, 1, 1), self.seed_generator
-        factors = keras.random.uniform((3, *each), 1 - self.strength, 1 + self.strength, seed=seed)
-        turns = keras.random.uniform(each, -self.hue, self.hue, seed=seed)
+        draw = functools.partial(keras.random.uniform, dtype=self.compute_dtype, seed=seed)
+        factors = draw((3, *each), 1 - self.strength, 1 + self.strength)
+        turns = draw(each, -self.hue, self.hue)
         x = ops.clip(x * factors[0], 0, 255)
         mean = ops.mean(self._grey(x), axis=(1, 2), keepdims=True)
         x = ops.clip(mean + factors[1] * (x - mean), 0, 255)
         grey = self._grey(x)
         x = ops.clip(grey + factors[2] * (x - grey), 0, 255)
-        hsv = ops.image.rgb_to_hsv(x / 255)  # Right only for pixels in 0-1.
+        hsv = ops.image.rgb_to_hsv(x / 255, **CHANNELS_LAST)  # Right only for pixels in 0-1.
         hsv = ops.concatenate([(hsv[..., :1] + turns) % 1, hsv[..., 1:]], axis=-1)
-        return 255 * ops.image.hsv_to_rgb(hsv)
+        return 255 * ops.image.hsv_to_rgb(hsv, **CHANNELS_LAST)
 
     def _grey(self, x):
         return 0.299 * x[..., :1] + 0.587 * x[..., 1:2] + 0.114 * x[..., 2:]
@@ -359,10 +467,11 @@ def add_preprocessing(network, train_images):
     variance = squares / train_images[..., 0].size - mean**2
     normalize = layers.Normalization(mean=mean, variance=variance, dtype="float32")
     # Keras draws the probability from a range: only (0.1, 0.1) means one image of ten.
-    erase = layers.RandomErasing((0.1, 0.1), (0.02, 0.33), fill_value=0.0, dtype="float32")
-    nearest = {"fill_mode": "constant", "interpolation": "nearest", "dtype": "float32"}
+    common = {**CHANNELS_LAST, "dtype": "float32"}
+    erase = layers.RandomErasing((0.1, 0.1), (0.02, 0.33), fill_value=0.0, **common)
+    nearest = {"fill_mode": "constant", "interpolation": "nearest", **common}
     augmentation = [
-        layers.RandomFlip("horizontal", dtype="float32"),
+        layers.RandomFlip("horizontal", **common),
         # Rounded to whole pixels, +-4.5 gives each shift from -4 to 4 the same chance.
         layers.RandomTranslation(4.5 / height, 4.5 / width, **nearest),
         layers.RandomRotation(15 / 360, **nearest),
@@ -370,7 +479,7 @@ def add_preprocessing(network, train_images):
     ]
     for layer in augmentation:
         layer.supports_jit = True  # Keras says no for two of them; on JAX, it works.
-    pixels = keras.Input(shape, name="pixels")
+    pixels = keras.Input(shape, dtype="float32", name="pixels")
     classifier = keras.Model(pixels, network(normalize(pixels)), name=network.name)
     x = pixels = keras.Input(shape, dtype="uint8", name="pixels")
     for layer in [*augmentation, normalize, erase]:
@@ -411,24 +520,46 @@ def make_models(settings, train_images, num_classes):
     return network, trainer, classifier
 
 
-def train(settings, data, folder):
+def check_data(name, images, labels, num_classes):
+    """Raises `UserError` unless a split's images and labels are what `train` takes."""
+    if images.ndim != 4 or images.dtype != "uint8" or min(images.shape[1:3]) < 5:
+        raise UserError(f"Images of the {name} split must be uint8, (n, height, width, channels), "
+                        f"of 5 pixels or more. Received: {images.dtype}, {images.shape}")  # fmt: skip
+    if wrong := {*np.unique(labels).tolist()} - {*range(num_classes)}:
+        raise UserError(f"Labels of the {name} split must be from 0 to {num_classes - 1}. "
+                        f"Received: {min(wrong)}")  # fmt: skip
+
+
+def train(settings, data, folder, source=None):
     """Trains a model, from its last checkpoint on if there is one, and writes result and model.
 
     An epoch depends on seed, epoch and checkpoint alone, so a stopped run ends like any other.
 
-    Args: `settings`, a dict of `dataset`, `model`, `seed` (one each) and all `SETTINGS`; `data` as
-    from `load_data`; `folder`, a `pathlib.Path`. Returns what is in the JSON file. Raises
-    `UserError` if the loss is no longer finite.
+    Args:
+        settings: dict of `dataset`, `model`, `seed` and those `SETTINGS` that aren't the defaults.
+        data: tuple, as from `load_data`.
+        folder: str or path, where result, model and checkpoint go.
+        source: str, what `--dataset` was if not the data set's name.
+
+    Returns what is in the JSON file. Raises `UserError` for images and labels that don't serve, and
+    if the loss is no longer finite.
     """
     (x_train, y_train), (x_test, y_test), class_names = data
-    seed, epochs = settings["seed"], settings["epochs"]
+    check_data("train", x_train, y_train, len(class_names))
+    check_data("test", x_test, y_test, len(class_names))
+    settings = {name: settings[name] for name in RUN} | DEFAULTS | settings
+    seed, epochs, folder = settings["seed"], settings["epochs"], pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     keras.utils.clear_session()
+    keras.config.set_floatx("float32")
     keras.config.set_dtype_policy(settings["precision"])
     keras.utils.set_random_seed(seed)
     network, trainer, classifier = make_models(settings, x_train, len(class_names))
-    # One call of `fit` makes one epoch, and yet prints "Epoch 5/30".
-    stop = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda *_: setattr(trainer, "stop_training", True)
+    trained = []  # When the test split's turn comes, an epoch's training is over.
+    callback = keras.callbacks.LambdaCallback(
+        on_test_begin=lambda _: trained.append(time.perf_counter()),
+        # One call of `fit` makes one epoch, and yet prints "Epoch 5/30".
+        on_epoch_end=lambda *_: setattr(trainer, "stop_training", True),
     )
     name = run_name(settings)
     checkpoint = folder / f".{name}.npz"
@@ -446,10 +577,11 @@ def train(settings, data, folder):
         logs = trainer.fit(
             x_train[order], y_train[order], settings["batch_size"], shuffle=False,
             validation_data=(x_test, y_test), validation_batch_size=500,
-            initial_epoch=epoch, epochs=epochs, callbacks=[stop],
+            initial_epoch=epoch, epochs=epochs, callbacks=[callback],
         ).history  # fmt: skip
         row = {"train_loss": logs["loss"], "train_accuracy": logs["accuracy"],
                "test_loss": logs["val_loss"], "test_accuracy": logs["val_accuracy"],
+               "train_seconds": [trained[-1] - begun],
                "seconds": [time.perf_counter() - begun]}  # fmt: skip
         if not np.isfinite(list(row.values())).all():
             raise UserError("The loss is no longer finite: try a smaller --learning_rate.")
@@ -457,17 +589,31 @@ def train(settings, data, folder):
         state = [ops.convert_to_numpy(v) for v in trainer.weights + trainer.optimizer.variables]
         write_atomically(checkpoint, lambda p: np.savez(p, *state, history=json.dumps(history)))
     result = {
-        "settings": settings, "class_names": class_names, "parameters": parameters,
+        "command": make_command(settings, source), "settings": settings,
+        "class_names": class_names, "parameters": parameters,
         "final_test_accuracy": history["test_accuracy"][-1],
         "best_test_accuracy_selected_on_test": max(history["test_accuracy"]),
-        "seconds_per_epoch": float(np.median(history["seconds"])), **describe_machine(),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "history": history,
+        "seconds_per_epoch": float(np.median(history["seconds"])),
+        "train_images_per_second": len(x_train) / float(np.median(history["train_seconds"])),
+        "predict_ms": {str(size): time_prediction(trainer, x_test[:1], size) for size in (1, 128)},
+        **describe_machine(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "history": history,
     }  # fmt: skip
     text = json.dumps(result, indent=1) + "\n"
     write_atomically(folder / f"{name}.keras", classifier.save)
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
     checkpoint.unlink()
     return result
+
+
+def time_prediction(trainer, image, batch_size, rounds=20):
+    """Returns the median milliseconds in which a compiled model predicts a batch of images."""
+    images, seconds = np.repeat(image, batch_size, axis=0), []
+    for _ in range(rounds + 2):  # Two to warm up.
+        begun = time.perf_counter()
+        trainer.predict_on_batch(images)
+        seconds.append(time.perf_counter() - begun)
+    return 1000 * float(np.median(seconds[2:]))
 
 
 def list_changes(settings):
@@ -478,7 +624,18 @@ def list_changes(settings):
 def run_name(settings):
     """Returns what a run's files are called: data set, model, what isn't default, seed."""
     parts = [settings["dataset"], settings["model"], *list_changes(settings)]
-    return "-".join([*parts, f"seed{settings['seed']}"]).replace("/", "_").replace(" ", "_")
+    name = "-".join(parts).replace("/", "_").replace(" ", "_")
+    if len(name.encode()) > 200:  # A file's name has at most 255 bytes.
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name.encode()[:180].decode(errors='ignore')}-{digest}"
+    return f"{name}-seed{settings['seed']}"
+
+
+def make_command(settings, source=None):
+    """Returns the command that makes a run of these settings."""
+    given = {**{key: settings[key] for key in RUN}, "dataset": source or settings["dataset"]}
+    given |= {k: v for k, v in settings.items() if k not in RUN and v != DEFAULTS.get(k)}
+    return shlex.join(["python", "hybrid_mixer.py", *(f"--{k}={v}" for k, v in given.items())])
 
 
 def load_checkpoint(path, model):
@@ -499,51 +656,73 @@ def write_atomically(path, write):
     os.replace(partial, path)
 
 
+def first_line(error):
+    """Returns the first line of an error's text, or its name where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 def describe_machine():
     """Returns the names of device, backend and versions, a dict of strings."""
     backend, info = keras.backend.backend(), pathlib.Path("/proc/cpuinfo")
     library = sys.modules[backend]
+    cpu = re.search("model name\t: (.*)", info.read_text() if info.exists() else "")
+    cpu = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPU cores"
     if not any("gpu" in name.lower() for name in keras.distribution.list_devices()):
-        cpu = re.search("model name\t: (.*)", info.read_text() if info.exists() else "")
-        device = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPU cores"
+        device = cpu
     elif backend == "jax":
         device = library.devices()[0].device_kind
     else:
         gpus = library.config.list_physical_devices("GPU")
         device = library.config.experimental.get_device_details(gpus[0])["device_name"]
+    names = ("keras", "numpy", "tensorflow_datasets")  # The last is `None` where it read nothing.
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
     backend += f" {library.__version__}"
-    return {"device": device, "backend": backend, "keras": keras.__version__}
+    return {"device": device, "processor": cpu, "backend": backend,
+            "python": platform.python_version(), **versions}  # fmt: skip
 
 
 # ------------------------------------------------------------------------- results and plots
-# The paper's accuracy at its best epochs, in %. Its text has one stem, its code is `interleaved`.
-PAPER = {("cifar10", "mixer"): "76.71", ("cifar100", "mixer"): "48.20"}
-PAPER |= {("cifar10", name): "82.27" for name in ("hybrid", "hybrid_linear", "interleaved")}
-PAPER |= {("cifar100", name): "55.03" for name in ("hybrid", "hybrid_linear", "interleaved")}
+# The paper's accuracy at its best epochs, in %; what it calls hybrid is our `interleaved`.
+PAPER = {
+    ("cifar10", "mixer"): "76.71", ("cifar10", "interleaved"): "82.27",
+    ("cifar100", "mixer"): "48.20", ("cifar100", "interleaved"): "55.03",
+}  # fmt: skip
 COLORS = {"mixer": "#0072B2", "hybrid": "#E69F00", "interleaved": "#009E73"}  # Also of variants.
 CURVES = ("train_loss", "test_loss", "test_accuracy")
 
 
-def load_results(folder):
-    """Returns all results in a folder, ordered by data set, model, conditions and seed.
+def read_or_skip(read, path):
+    """Returns `read(path)`; if the file isn't ours or no longer fits, says so instead."""
+    try:
+        return read(path)
+    except Exception as error:  # Whatever a foreign or damaged file makes its reader raise.
+        told = f"{type(error).__name__}: {first_line(error)}"
+        print(f"Left out of table and plots: {path} ({told})", file=sys.stderr)
+
+
+def read_run(path):
+    """Returns a result with its settings, curves as arrays, accuracy in % and its conditions.
 
     Conditions are the epochs, the settings that aren't the defaults and the hardware.
     """
-    runs = []
-    for path in sorted(folder.glob("[!.]*-seed*.json")):
-        try:
-            run = {"model_file": path.with_suffix(".keras"), **json.loads(path.read_text())}
-            run |= DEFAULTS | run["settings"] | {k: np.array(run["history"][k]) for k in CURVES}
-            run["test_accuracy"] = 100 * run["test_accuracy"]
-            run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
-            changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
-            run["hardware"] = f"{run['device']}, {run['backend']}"
-            run["conditions"] = [f"{run['epochs']} epochs", *changes, run["hardware"]]
-            order = (run["dataset"], [*MODELS].index(run["model"]), run["conditions"], run["seed"])
-            runs.append((order, run))
-        except (ValueError, LookupError, TypeError) as error:
-            print(f"Left out of table and plots: {path} ({error!r})", file=sys.stderr)
-    return [run for _, run in sorted(runs, key=lambda pair: pair[0])]
+    run = {"model_file": path.with_suffix(".keras"), **json.loads(path.read_text())}
+    run |= DEFAULTS | run["settings"]
+    run |= {key: np.array(run["history"][key], float) for key in CURVES}
+    if {run[key].shape for key in CURVES} != {(run["epochs"],)}:
+        raise ValueError("its curves aren't as long as its epochs")
+    run["test_accuracy"] = 100 * run["test_accuracy"]
+    run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
+    changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
+    run["hardware"] = f"{run['device']}, {run['backend']}"
+    run["conditions"] = [f"{run['epochs']} epochs", *changes, run["hardware"]]
+    order = ([*MODELS].index(run["model"]), run["conditions"], int(run["seed"]))
+    return {**run, "order": (str(run["dataset"]), *order)}
+
+
+def load_results(folder):
+    """Returns all results in a folder, ordered by data set, model, conditions and seed."""
+    runs = [read_or_skip(read_run, path) for path in sorted(folder.glob("[!.]*-seed*.json"))]
+    return sorted(filter(None, runs), key=lambda run: run["order"])
 
 
 def group_runs(runs):
@@ -562,26 +741,48 @@ def mean_std(values, sign=""):
     return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
 
 
-def make_rows(groups):
-    """Returns the cells of a row for each group; gains over `mixer` are paired by seed."""
-    rows = []
-    for name, runs in groups.items():
-        dataset, model, settings = (runs[0][k] for k in ("dataset", "model", "settings"))
-        mixers = groups.get(name.replace(model, "mixer", 1), []) if model != "mixer" else []
-        base = {run["seed"]: run["accuracy"] for run in mixers}
-        gains = [run["accuracy"] - base[run["seed"]] for run in runs if run["seed"] in base]
-        other = list_changes({**settings, "schedule": "cosine"})  # The paper names none.
-        paper = "" if other else PAPER.get((dataset, model), "")
-        rows.append([
-            dataset, name, runs[0]["parameters"], mean_std([run["accuracy"] for run in runs]),
-            mean_std(gains, "+"), ", ".join(str(run["seed"]) for run in runs), paper,
-        ])  # fmt: skip
-    return rows
+def make_cell(name, groups):
+    """Returns a row's accuracy on a data set; its gains over `mixer` are paired by seed."""
+    runs = groups.get(name, [])
+    if not runs:
+        return ""
+    model, settings = runs[0]["model"], runs[0]["settings"]
+    mixers = groups.get(name.replace(model, "mixer", 1), []) if model != "mixer" else []
+    base = {run["seed"]: run["accuracy"] for run in mixers}
+    gains = [run["accuracy"] - base[run["seed"]] for run in runs if run["seed"] in base]
+    cell = f"{mean_std([run['accuracy'] for run in runs])} (n = {len(runs)})"
+    cell += f", gain {mean_std(gains, '+')}" if gains else ""
+    paper = PAPER.get((settings["dataset"], model))
+    other = list_changes({**settings, "schedule": "cosine"})  # The paper names none.
+    return cell + (f", paper {paper}" if paper and not other else "")
+
+
+def make_table(groups):
+    """Returns a table of `{data set: {name: runs}}`: a row a name, a column a data set."""
+    names = {name: runs[0]["order"][1:] for part in groups.values() for name, runs in part.items()}
+    head = ["model", "what it is", "parameters", *(f"{dataset}, %" for dataset in groups)]
+    rows = [head, ["---"] * len(head)]
+    for name in sorted(names, key=names.get):
+        firsts = [part[name][0] for part in groups.values() if name in part]
+        parameters = " / ".join(dict.fromkeys(run["parameters"] for run in firsts))
+        cells = [make_cell(name, part) for part in groups.values()]
+        rows.append([name, MODELS[firsts[0]["model"]].text, parameters, *cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def make_figure(width, height):
+    """Returns an empty figure; it needs no backend, so none that is missing can stop it."""
+    try:
+        from matplotlib.figure import Figure
+    except ValueError:  # A notebook's MPLBACKEND names what this environment may not have.
+        del os.environ["MPLBACKEND"]
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
 def plot_curves(groups, title, path):
     """Draws loss and accuracy over epochs: the mean of all seeds in a band of their deviation."""
-    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+    figure = make_figure(10, 4.5)
     loss, accuracy = figure.subplots(1, 2)
     dashes = {f: itertools.cycle(["-", "--", "-.", ":", (0, (1, 4)), (0, (9, 3))]) for f in COLORS}
     for name, runs in groups.items():
@@ -620,43 +821,46 @@ def map_offsets(block, height, width):
     return np.array([[np.diagonal(x, dy, 0, 1).mean() for x in across] for dy in down])
 
 
-def plot_blocks(models, title, path):
-    """Draws what the blocks of each of `{name: saved model}` look at: a row for each."""
-    rows = [[x for x in m.layers[-1].layers if isinstance(x, MixerBlock)] for m in models.values()]
-    figure = Figure(figsize=(10, 1.5 * len(rows) + 0.5), dpi=120, layout="constrained")
-    axes = figure.subplots(len(rows), max(map(len, rows)), squeeze=False)
-    for row, blocks, (name, model) in zip(axes, rows, models.items()):
-        grid = model.layers[-1].get_layer("patch_embedding").output.shape[1:3]
+def map_blocks(path):
+    """Returns `{block's name: what it reads}` of a saved model, as `map_offsets` maps it."""
+    network = keras.saving.load_model(path).layers[-1]
+    grid = network.get_layer("patch_embedding").output.shape[1:3]
+    blocks = [layer for layer in network.layers if isinstance(layer, MixerBlock)]
+    return {block.name: map_offsets(block, *grid) for block in blocks}
+
+
+def plot_blocks(maps, title, path):
+    """Draws what the blocks of each of `{name: map_blocks(file)}` look at: a row for each."""
+    figure = make_figure(10, 1.5 * len(maps) + 0.5)
+    axes = figure.subplots(len(maps), max(map(len, maps.values())), squeeze=False)
+    for row, (name, blocks) in zip(axes, maps.items()):
         row[0].set_ylabel(name)
-        for axis, block in zip(row, blocks):
-            values = map_offsets(block, *grid)
+        for axis, (block, values) in zip(row, blocks.items()):
             axis.imshow(values / values.mean(), vmin=0.5, vmax=2.5)
-            axis.set(xticks=[], yticks=[], title=block.name.replace("_", " "))
+            axis.set(xticks=[], yticks=[], title=block.replace("_", " "))
     figure.suptitle(title)
     figure.savefig(path)
 
 
 def report(folder):
     """Draws table and plots of all results in `folder`; returns the table."""
-    runs, notes = load_results(folder), []
+    runs, tables, notes = load_results(folder := pathlib.Path(folder)), {}, []
     if not runs:
         raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
-    head = "data set|model|parameters|test accuracy, %|gain, points|seeds|paper, %"
-    rows = [head.split("|"), ["---"] * 7]
     for dataset, part in itertools.groupby(runs, key=lambda run: run["dataset"]):
         shared, groups = group_runs(part := list(part))
-        rows += make_rows(groups)
+        tables[dataset] = groups
         notes.append(f"{dataset}: {', '.join(shared)}.\n")
         seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
         common = [text for text in shared if text != part[0]["hardware"]]
         title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common])
-        prefix = f"{folder}/{dataset.replace('/', '_')}"
-        plot_curves(groups, f"{title}, {' or '.join(seeds)}", f"{prefix}_curves.png")
+        prefix = dataset.replace("/", "_")
+        plot_curves(groups, f"{title}, {' or '.join(seeds)}", folder / f"{prefix}_curves.png")
         files = {name: group[0]["model_file"] for name, group in groups.items()}
-        models = {n: keras.saving.load_model(f) for n, f in files.items() if f.exists()}
-        if models:
-            plot_blocks(models, f"Blocks of the first seed: {title}", f"{prefix}_blocks.png")
-    text = "\n".join(["".join(f"| {' | '.join(row)} |\n" for row in rows), *notes])
+        maps = {n: read_or_skip(map_blocks, file) for n, file in files.items() if file.exists()}
+        if maps := {name: blocks for name, blocks in maps.items() if blocks}:
+            plot_blocks(maps, f"Blocks of the first seed: {title}", folder / f"{prefix}_blocks.png")
+    text = "\n".join([make_table(tables), *notes])
     (folder / "table.md").write_text(text, encoding="utf-8")
     return text
 
@@ -676,6 +880,7 @@ SETTINGS = {  # Default; bounds or choices; meaning.
     "tokens_mlp_dim": (64, (1, None), "Hidden width of the MLP across tokens."),
     "channels_mlp_dim": (256, (1, None), "Hidden width of the MLP across channels."),
     "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
+    "image_size": (0, (0, None), "Pixels of both sides to scale images to; 0: their own size."),
     "validation_split": (0.0, (0, 0.9), "Last share of train images to test on; 0 for none."),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
@@ -691,7 +896,7 @@ def define_flags():
             define(name, default, text, *limit)
             flags.register_validator(name, math.isfinite, "must be a finite number")
     lists = (  # Default; what is valid; meaning. Every combination is a run.
-        ("dataset", "cifar10", bool, "cifar10, cifar100, shapes or names of tfds"),
+        ("dataset", "cifar10", bool, "cifar10, cifar100, shapes, folders or names of tfds"),
         ("model", "hybrid", MODELS.__contains__, ", ".join(MODELS)),
         ("seed", "0", lambda s: s.isdecimal() and int(s) < 2**32, "whole numbers below 2**32"),
     )
@@ -708,24 +913,24 @@ def define_flags():
 def sweep(values, folder):
     """Trains all combinations of data set, seed and model that have no result yet."""
     for dataset, seed, model in itertools.product(*(values[key] for key in RUN)):
-        settings = {"dataset": dataset, "model": model, "seed": int(seed)}
+        folder_of_pictures = find_folder(dataset)
+        name = folder_of_pictures.name if folder_of_pictures else dataset
+        settings = {"dataset": name, "model": model, "seed": int(seed)}
         settings |= {key: values[key] for key in DEFAULTS}
         path = folder / f"{run_name(settings)}.json"
         if path.exists() and not values["overwrite"]:
             print(f"{path} is done already; --overwrite would run it again.")
             continue
-        (images, labels), test, class_names = load_data(dataset, values["data_dir"])
-        if share := values["validation_split"]:
-            cut = len(images) - math.ceil(share * len(images))
-            test, images, labels = (images[cut:], labels[cut:]), images[:cut], labels[:cut]
-        train(settings, ((images, labels), test, class_names), folder)
+        wanted = (values[key] for key in ("data_dir", "image_size", "validation_split"))
+        train(settings, load_data(dataset, *wanted), folder, dataset)
 
 
 def main(argv):
     """Does what the flags say; exits with status 1 and one sentence where the user must act."""
     logging.set_verbosity(logging.WARNING)  # tensorflow-datasets logs every file that it opens.
+    sys.stdout.reconfigure(errors="replace")  # A terminal may not know the sign ±.
     values, machine = flags.FLAGS.flag_values_dict(), describe_machine()
-    folder = pathlib.Path(values["output_dir"])
+    folder = pathlib.Path(values["output_dir"]).expanduser()
     try:
         if argv[1:]:
             raise UserError(f"{argv[1]!r} is no flag: see --help.")
@@ -736,10 +941,13 @@ def main(argv):
                   'on Linux, needs pip install "tensorflow[and-cuda]".')  # fmt: skip
         if not values["plot"]:
             sweep(values, folder)
-        print(report(folder))
+        print(report(folder), flush=True)
     except UserError as error:
         sys.exit(f"hybrid_mixer.py: {error}")
-    except OSError as error:  # It names the file and what is wrong with it.
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For what is still unsaid.
+        sys.exit("hybrid_mixer.py: nobody reads its output; the same command goes on from here.")
+    except OSError as error:  # Of writing results: it names the file and what is wrong with it.
         sys.exit(f"hybrid_mixer.py: {error}: mend that or give another --output_dir.")
     except KeyboardInterrupt:
         sys.exit("hybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")
