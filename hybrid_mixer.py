@@ -207,14 +207,14 @@ MODELS = {
     "mixer": Design("no convolution: the paper's baseline"),
     "hybrid": Design("a stem with batch norm and GELU", {}),
     "hybrid_linear": Design("a stem as in the paper's text: convolutions alone", {"linear": True}),
-    "hybrid_residual": Design("a stem that is added to its input", {"residual": True}),
+    "hybrid_residual": Design("a residual stem: added to its input", {"residual": True}),
     "hybrid_late": Design("one convolution, after block 1", conv_every=1, last_conv=1),
-    "interleaved": Design("what the paper trained: a stem, and one after every 2nd block", {}, 2),
-    "interleaved_no_stem": Design("a convolution after every 2nd block, no stem", None, 2),
-    "interleaved_residual": Design("interleaved, those after blocks added", {}, 2, residual=True),
-    "interleaved_4": Design("a stem, and one after every 4th block", {}, 4),
-    "interleaved_3": Design("a stem, and one after every 3rd block", {}, 3),
-    "interleaved_1": Design("a stem, and one after every block", {}, 1),
+    "interleaved": Design("a stem and one after every 2nd block: the paper's code", {}, 2),
+    "interleaved_no_stem": Design("one convolution after every 2nd block, no stem", None, 2),
+    "interleaved_residual": Design("interleaved, but residual after blocks", {}, 2, residual=True),
+    "interleaved_4": Design("a stem and one after every 4th block", {}, 4),
+    "interleaved_3": Design("a stem and one after every 3rd block", {}, 3),
+    "interleaved_1": Design("a stem and one after every block", {}, 1),
 }
 
 
@@ -362,7 +362,7 @@ def read_split(builder, split, image_size):
 
     dataset = builder.as_dataset(split, as_supervised=True)
     if image_size:
-        dataset = dataset.map(lambda image, label: (scale(image, image_size), label))
+        dataset = dataset.map(lambda x, label: (scale(x, image_size), label), tf.data.AUTOTUNE)
     try:
         batches = list(dataset.batch(1000).as_numpy_iterator())
     except tf.errors.OpError as error:
@@ -523,8 +523,9 @@ def make_models(settings, train_images, num_classes):
 def check_data(name, images, labels, num_classes):
     """Raises `UserError` unless a split's images and labels are what `train` takes."""
     if images.ndim != 4 or images.dtype != "uint8" or min(images.shape[1:3]) < 5:
-        raise UserError(f"Images of the {name} split must be uint8, (n, height, width, channels), "
-                        f"of 5 pixels or more. Received: {images.dtype}, {images.shape}")  # fmt: skip
+        wanted = "uint8, (n, height, width, channels), of 5 pixels or more"
+        got = f"{images.dtype}, {images.shape}"
+        raise UserError(f"Images of the {name} split must be {wanted}. Received: {got}")
     if wrong := {*np.unique(labels).tolist()} - {*range(num_classes)}:
         raise UserError(f"Labels of the {name} split must be from 0 to {num_classes - 1}. "
                         f"Received: {min(wrong)}")  # fmt: skip
@@ -551,7 +552,7 @@ def train(settings, data, folder, source=None):
     seed, epochs, folder = settings["seed"], settings["epochs"], pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.clear_session()
-    keras.config.set_floatx("float32")
+    keras.config.set_floatx("float32")  # Keras's augmentation bears no other.
     keras.config.set_dtype_policy(settings["precision"])
     keras.utils.set_random_seed(seed)
     network, trainer, classifier = make_models(settings, x_train, len(class_names))
