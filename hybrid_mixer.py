@@ -805,7 +805,7 @@ def plot_curves(groups, title, path):
         axis.locator_params("x", integer=True)
     loss.set(title="loss: test strong, train pale", xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(title="test accuracy", xlabel="epoch", ylabel="%", xmargin=0.1)
-    loss.legend(*accuracy.get_legend_handles_labels(), loc="upper right")
+    loss.legend(*accuracy.get_legend_handles_labels(), loc="best")
     figure.suptitle(title)
     figure.savefig(path)
 
