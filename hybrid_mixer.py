@@ -11,6 +11,7 @@ trains for 30 epochs and writes result, model, plots and table to results/ (see 
 
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -588,7 +589,9 @@ def train(settings, data, folder, source=None):
             raise UserError("The loss is no longer finite: try a smaller --learning_rate.")
         history = {key: history.get(key, []) + value for key, value in row.items()}
         state = [ops.convert_to_numpy(v) for v in trainer.weights + trainer.optimizer.variables]
-        write_atomically(checkpoint, lambda p: np.savez(p, *state, history=json.dumps(history)))
+        buffer = io.BytesIO()  # On a full disk, older NumPys would leave a half-closed file behind.
+        np.savez(buffer, *state, history=json.dumps(history))
+        write_atomically(checkpoint, lambda path: path.write_bytes(buffer.getvalue()))
     result = {
         "command": make_command(settings, source), "settings": settings,
         "class_names": class_names, "parameters": parameters,
