@@ -341,19 +341,20 @@ def find_builder(name, data_dir, image_size):
         raise UserError(f"{told}: it has no pairs of one image and one label.")
     if None in kinds[0].shape[:2] and not image_size:
         raise UserError(f"{told}: its images may have several sizes. Give an --image_size.")
+    if folder:
+        for class_name in kinds[1].names:
+            if not list_pictures(folder / "train" / class_name, "*"):
+                raise UserError(f"{folder / 'train' / class_name} has no .jpg or .png: add some.")
+        return builder
     downloader.MAX_RETRIES = 0  # Its ten retries take minutes, and no public option says so.
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        if not folder:
-            builder.download_and_prepare(download_config=config)
+        builder.download_and_prepare(download_config=config)
     except Exception as error:  # What a download can fail of has no class in common.
         raise UserError(
             f"{told} ({first_line(error)}): mend that, give a --data_dir where it is prepared, or "
             "take --dataset shapes, which needs no download."
         ) from error
-    for class_name in kinds[1].names if folder else ():
-        if not list_pictures(folder / "train" / class_name, "*"):
-            raise UserError(f"{folder / 'train' / class_name} has no .jpg or .png: add some.")
     return builder
 
 
@@ -620,9 +621,9 @@ def time_prediction(trainer, image, batch_size, rounds=20):
     return 1000 * float(np.median(seconds[2:]))
 
 
-def list_changes(settings):
+def list_changes(settings, sign=" "):
     """Returns the settings that aren't the defaults, as strings."""
-    return [f"{k} {v}" for k, v in settings.items() if k not in RUN and v != DEFAULTS.get(k)]
+    return [f"{k}{sign}{v}" for k, v in settings.items() if k not in RUN and v != DEFAULTS.get(k)]
 
 
 def run_name(settings):
@@ -637,9 +638,9 @@ def run_name(settings):
 
 def make_command(settings, source=None):
     """Returns the command that makes a run of these settings."""
-    given = {**{key: settings[key] for key in RUN}, "dataset": source or settings["dataset"]}
-    given |= {k: v for k, v in settings.items() if k not in RUN and v != DEFAULTS.get(k)}
-    return shlex.join(["python", "hybrid_mixer.py", *(f"--{k}={v}" for k, v in given.items())])
+    run = {**{key: settings[key] for key in RUN}, "dataset": source or settings["dataset"]}
+    given = [*(f"{key}={value}" for key, value in run.items()), *list_changes(settings, "=")]
+    return shlex.join(["python", "hybrid_mixer.py", *(f"--{flag}" for flag in given)])
 
 
 def load_checkpoint(path, model):

@@ -300,7 +300,7 @@ def test_values_of_a_block_that_cannot_be_are_named(name, value):
         hm.MixerBlock(**values)
 
 
-def test_sizes_and_rate_of_a_block_may_be_numpys(tmp_path):
+def test_sizes_and_rate_of_a_block_may_be_numpys():
     block = hm.MixerBlock(np.int64(5), np.uint8(7), np.float32(0.25), seed=np.int32(3))
     config = json.loads(json.dumps(block.get_config()))
     block.build((None, 6, 4))
@@ -361,7 +361,6 @@ def test_first_weights_depend_on_the_seed_but_not_on_the_rate_of_dropout():
 
 # --------------------------------------------------------------------- copied, saved, loaded
 STANDALONE = """
-import sys
 import keras
 from keras import layers, ops
 
@@ -1016,6 +1015,20 @@ def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(
     assert trained == 2 * ["mixer", "hybrid", "mixer", "hybrid"]
 
 
+def test_held_out_images_leave_training_and_are_what_is_tested(main, monkeypatch):
+    train, _, _ = hm.draw_shapes()
+    seen = []
+    monkeypatch.setattr(hm, "train", lambda settings, data, *_: seen.append(data))
+    with pytest.raises(SystemExit, match="no result"):
+        main("--validation_split=0.1", "--seed=0,1")
+    for (x, y), (x_test, y_test), _ in seen:
+        np.testing.assert_array_equal(x, train[0][:4500])
+        np.testing.assert_array_equal(y, train[1][:4500])
+        np.testing.assert_array_equal(x_test, train[0][4500:])
+        np.testing.assert_array_equal(y_test, train[1][4500:])
+    assert len(seen) == 2
+
+
 def test_short_run_on_real_cifar_learns(tmp_path):
     changes = {"epochs": 1, "hidden_dim": 32, "num_blocks": 2}
     settings = settings_with(dataset="cifar10", model="hybrid", **changes)
@@ -1259,9 +1272,13 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
     committed -= {"cifar10_accuracy.png", "cifar10_authors.png"}  # An older script has drawn these.
     blocks = {name for name in committed if "blocks" in name}  # No models are copied.
     assert drawn == committed - blocks or folder.name == "speed"  # Its curves are a thicket.
+    readme = (HERE / "README.md").read_text()
     table = (folder / "table.md").read_text().split("\n\n")[0]
-    shown = table in (HERE / "README.md").read_text()
-    assert shown == (folder.name in ("table1", "study", "published"))
+    assert (table in readme) == (folder.name in ("table1", "study", "published"))
+    tables = [path.read_text() for path in RESULTS.glob("*/*.md")]
+    # Rows whose second cell is a number of convolutions are those of speed, tested below.
+    rows = re.findall(r"^\| (?:mixer|hybrid|interleaved)\w* \| \D.*$", readme, re.MULTILINE)
+    assert rows and all(any(row in table for table in tables) for row in rows)
 
 
 def test_readme_shows_what_the_models_cost():
