@@ -339,6 +339,8 @@ def find_builder(name, data_dir, image_size):
     kinds = [builder.info.features[key] for key in keys]
     if [type(kind) for kind in kinds] != [tfds.features.Image, tfds.features.ClassLabel]:
         raise UserError(f"{told}: it has no pairs of one image and one label.")
+    if kinds[0].np_dtype != np.uint8:
+        raise UserError(f"{told}: its images don't have 8 bits a channel.")
     if None in kinds[0].shape[:2] and not image_size:
         raise UserError(f"{told}: its images may have several sizes. Give an --image_size.")
     if folder:

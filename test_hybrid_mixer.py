@@ -610,10 +610,10 @@ class Tiles(tfds.core.GeneratorBasedBuilder):
     """Dark and bright tiles."""
 
     VERSION = tfds.core.Version("1.0.0")
-    shape, counts = (8, 12, 1), {"train": 60, "test": 20}
+    shape, dtype, counts = (8, 12, 1), np.uint8, {"train": 60, "test": 20}
 
     def _info(self):
-        names = {"image": tfds.features.Image(shape=self.shape)}
+        names = {"image": tfds.features.Image(shape=self.shape, dtype=self.dtype)}
         names["label"] = tfds.features.ClassLabel(names=["dark", "bright"])
         features, keys = tfds.features.FeaturesDict(names), ("image", "label")
         return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=keys)
@@ -636,6 +636,10 @@ class TilesWithoutTest(Tiles):
 
 class TilesWithoutTrain(Tiles):
     counts = {"test": 60}
+
+
+class TilesOfSixteenBits(Tiles):
+    dtype = np.uint16
 
 
 class TilesWithoutPairs(Tiles):
@@ -674,6 +678,7 @@ def test_a_last_share_of_train_can_be_held_out_from_any_data_set(name, tmp_path)
     [("tiles_without_test", "--validation_split of train.*Received: train$"),
      ("tiles_without_train", "needs images to train on.*Received: test"),
      ("tiles_without_pairs", "no pairs of one image and one label"),
+     ("tiles_of_sixteen_bits", "images don't have 8 bits a channel"),
      ("tiles_of_several_sizes", "several sizes. Give an --image_size")],
 )  # fmt: skip
 def test_data_that_does_not_serve_is_refused(name, told, tmp_path):
