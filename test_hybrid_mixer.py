@@ -809,9 +809,9 @@ def whole(tmp_path_factory):
     """The folder of a run that nothing has stopped, and what each call of `fit` was given."""
     folder, calls, fit = tmp_path_factory.mktemp("whole"), [], keras.Model.fit
 
-    def spy(self, x, y, size, **options):
-        calls.append((x, y, options))
-        return fit(self, x, y, size, **options)
+    def spy(self, x, **options):
+        calls.append((x, options))
+        return fit(self, x, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keras.Model, "fit", spy)
@@ -820,20 +820,19 @@ def whole(tmp_path_factory):
 
 
 def test_each_epoch_is_one_fit_over_all_images_in_an_order_of_its_own(whole):
-    ((x, y), test, _), calls = hm.draw_shapes(200, 40), whole[1]
-    assert [options["initial_epoch"] for *_, options in calls] == [0, 1, 2, 3]
-    for i, (images, labels, options) in enumerate(calls):
-        order = np.random.default_rng([3, i]).permutation(200)
-        np.testing.assert_array_equal(images, x[order])
-        np.testing.assert_array_equal(labels, y[order])
-        assert options["shuffle"] is False and options["epochs"] == 4
-        for given, expected in zip(options["validation_data"], test):
-            np.testing.assert_array_equal(given, expected)
+    (x, y), calls = hm.draw_shapes(200, 40)[0], whole[1]
+    assert [options["initial_epoch"] for _, options in calls] == [0, 1, 2, 3]
+    for i, (dataset, options) in enumerate(calls):
+        assert options["epochs"] == 4 and dataset.options().autotune.enabled is False
+        order, batches = np.random.default_rng([3, i]).permutation(200), list(dataset)
+        assert [len(labels) for _, labels in batches] == [64, 64, 64, 8]
+        np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), x[order])
+        np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), y[order])
 
 
 def test_keras_never_waits_for_a_step(whole):
     """It does where a callback has a hook for batches."""
-    for *_, options in whole[1]:
+    for _, options in whole[1]:
         for callback in options["callbacks"]:
             for hook in ("on_train_batch_begin", "on_train_batch_end", "on_test_batch_end"):
                 own = getattr(callback, hook)
