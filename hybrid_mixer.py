@@ -260,7 +260,7 @@ def build_model(
         x = ConvStem(**design.stem, name="stem")(x)
     x = layers.Reshape(tokens)(x)
     for i in range(1, num_blocks + 1):
-        # Drawn also where nothing is dropped: first weights don't depend on the rate.
+        # A seed is always drawn, so that first weights don't depend on the rate.
         block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
         x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
         if i % design.conv_every == 0 and i <= design.last_conv:
