@@ -577,6 +577,7 @@ def train(settings, data, folder, source=None):
     stop = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda *_: setattr(trainer, "stop_training", True)
     )
+    test = feed(x_test, y_test, 500)
     name = run_name(settings)
     checkpoint = folder / f".{name}.npz"
     parameters = sum(math.prod(weight.shape) for weight in network.trainable_weights)
@@ -595,7 +596,7 @@ def train(settings, data, folder, source=None):
             **batches, shuffle=False, initial_epoch=epoch, epochs=epochs, callbacks=[stop]
         ).history
         trained = time.perf_counter()
-        tested = trainer.evaluate(**feed(x_test, y_test, 500), verbose=0, return_dict=True)
+        tested = trainer.evaluate(**test, verbose=0, return_dict=True)
         print(f"test accuracy {tested['accuracy']:.4f}, test loss {tested['loss']:.4f}", flush=True)
         row = {"train_loss": logs["loss"], "train_accuracy": logs["accuracy"],
                "test_loss": [tested["loss"]], "test_accuracy": [tested["accuracy"]],

@@ -806,28 +806,42 @@ def run_small(folder, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that nothing has stopped, and what each call of `fit` was given."""
+    """The folder of a run that nothing has stopped, what `fit` and what `evaluate` were given."""
     folder, calls, fit = tmp_path_factory.mktemp("whole"), [], keras.Model.fit
+    tests, evaluate = [], keras.Model.evaluate
 
     def spy(self, x, **options):
         calls.append((x, options))
         return fit(self, x, **options)
 
+    def spy_on_test(self, x, **options):
+        tests.append(x)
+        return evaluate(self, x, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keras.Model, "fit", spy)
+        patch.setattr(keras.Model, "evaluate", spy_on_test)
         run_small(folder)
-    return folder, calls
+    return folder, calls, tests
 
 
 def test_each_epoch_is_one_fit_over_all_images_in_an_order_of_its_own(whole):
-    (x, y), calls = hm.draw_shapes(200, 40)[0], whole[1]
+    ((x, y), test, _), (_, calls, tests) = hm.draw_shapes(200, 40), whole
     assert [options["initial_epoch"] for _, options in calls] == [0, 1, 2, 3]
     for i, (dataset, options) in enumerate(calls):
-        assert options["epochs"] == 4 and dataset.options().autotune.enabled is False
-        order, batches = np.random.default_rng([3, i]).permutation(200), list(dataset)
-        assert [len(labels) for _, labels in batches] == [64, 64, 64, 8]
-        np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), x[order])
-        np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), y[order])
+        order = np.random.default_rng([3, i]).permutation(200)
+        assert check_batches(dataset, x[order], y[order]) == [64, 64, 64, 8]
+        assert options["shuffle"] is False and options["epochs"] == 4
+    assert [check_batches(dataset, *test) for dataset in tests] == [[40]] * 4
+
+
+def check_batches(dataset, images, labels):
+    """Asserts that these are a data set's images and labels; returns its batches' sizes."""
+    batches = list(dataset)
+    np.testing.assert_array_equal(np.concatenate([part for part, _ in batches]), images)
+    np.testing.assert_array_equal(np.concatenate([part for _, part in batches]), labels)
+    assert dataset.options().autotune.enabled is False
+    return [len(part) for _, part in batches]
 
 
 def test_keras_never_waits_for_a_step(whole):
