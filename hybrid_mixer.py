@@ -199,7 +199,7 @@ class Design(NamedTuple):
 
     text: str  # What it is, for the table.
     stem: dict | None = None  # Arguments of a `ConvStem` after patch embedding; None: no stem.
-    conv_every: float = math.inf  # A `ConvStem` follows every so many blocks; inf: never.
+    conv_every: int | None = None  # A `ConvStem` follows every so many blocks; None: never.
     last_conv: float = math.inf  # The last block that one may follow.
     residual: bool = False  # Whether those after blocks are added to their input.
 
@@ -263,7 +263,7 @@ def build_model(
         # A seed is always drawn, so that first weights don't depend on the rate.
         block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
         x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
-        if i % design.conv_every == 0 and i <= design.last_conv:
+        if design.conv_every and i % design.conv_every == 0 and i <= design.last_conv:
             x = ConvStem(residual=design.residual, name=f"conv_{i}")(layers.Reshape(grid)(x))
             x = layers.Reshape(tokens)(x)
     x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
@@ -566,7 +566,7 @@ def train(settings, data, folder, source=None):
     check_data("train", x_train, y_train, len(class_names))
     check_data("test", x_test, y_test, len(class_names))
     settings = {name: settings[name] for name in RUN} | DEFAULTS | settings
-    seed, epochs, folder = settings["seed"], settings["epochs"], pathlib.Path(folder)
+    seed, epochs, folder = settings["seed"], settings["epochs"], pathlib.Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.clear_session()
     keras.config.set_floatx("float32")  # Keras's augmentation bears no other.
@@ -692,6 +692,8 @@ def describe_machine():
         device = cpu
     elif backend == "jax":
         device = library.devices()[0].device_kind
+    elif backend == "torch":
+        device = library.cuda.get_device_name()
     else:
         gpus = library.config.list_physical_devices("GPU")
         device = library.config.experimental.get_device_details(gpus[0])["device_name"]
@@ -734,7 +736,8 @@ def read_run(path):
     run["test_accuracy"] = 100 * run["test_accuracy"]
     run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
     changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
-    run["hardware"] = f"{run['device']}, {run['backend']}"
+    device = "CPU" if run["device"].endswith("CPU cores") else run["device"]  # CPUs of any make.
+    run["hardware"] = f"{device}, {run['backend']}"
     run["conditions"] = [f"{run['epochs']} epochs", *changes, run["hardware"]]
     order = ([*MODELS].index(run["model"]), run["conditions"], int(run["seed"]))
     return {**run, "order": (str(run["dataset"]), *order)}
@@ -801,28 +804,54 @@ def make_figure(width, height):
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 
+def draw_mean(axis, runs, key, **style):
+    """Draws the mean of runs in a band of their standard deviation; returns its last value."""
+    values = np.array([run[key] for run in runs])
+    mean, std = values.mean(0), values.std(0, ddof=int(len(runs) > 1))
+    epochs, color = np.arange(1, len(mean) + 1), style["color"]
+    axis.plot(epochs, mean, ".", markevery=[-1], **style)
+    axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    axis.grid(alpha=0.3)
+    axis.locator_params("x", integer=True)
+    return mean[-1]
+
+
+def get_color(runs):
+    """Returns the colour of runs of one model; variants have that of what they vary."""
+    return COLORS[runs[0]["model"].split("_")[0]]
+
+
+def plot_panels(groups, title, path):
+    """Draws test accuracy over epochs, a panel for each group, the first one grey in all."""
+    rows, (first, *_) = math.ceil(len(groups) / 4), groups
+    figure = make_figure(10, 2 * rows + 0.5)
+    axes = figure.subplots(rows, 4, sharey=True, squeeze=False).ravel()
+    for axis, (name, runs) in zip(axes, groups.items()):
+        draw_mean(axis, groups[first], "test_accuracy", color="silver")
+        end = draw_mean(axis, runs, "test_accuracy", color=get_color(runs))
+        axis.set_title(f"{name}: {end:.1f}", fontsize="medium")
+    for axis in axes[len(groups) :]:
+        axis.remove()
+    figure.suptitle(f"{title}: test accuracy in %, that of {first} in grey")
+    figure.supxlabel("epoch")
+    figure.savefig(path)
+
+
 def plot_curves(groups, title, path):
     """Draws loss and accuracy over epochs: the mean of all seeds in a band of their deviation."""
     figure = make_figure(10, 4.5)
     loss, accuracy = figure.subplots(1, 2)
-    dashes = {f: itertools.cycle(["-", "--", "-.", ":", (0, (1, 4)), (0, (9, 3))]) for f in COLORS}
+    dashes = {color: itertools.cycle(["-", "--", "-.", ":"]) for color in COLORS.values()}
     for name, runs in groups.items():
-        family = runs[0]["model"].split("_")[0]
-        color, dash, label = COLORS[family], next(dashes[family]), name.replace(", ", "\n")
+        style = {"color": get_color(runs), "label": name.replace(", ", "\n")}
+        style["linestyle"] = next(dashes[style["color"]])
         for key, axis, alpha in zip(CURVES, (loss, loss, accuracy), (0.4, 1, 1)):
-            values = np.array([run[key] for run in runs])
-            mean, std = values.mean(0), values.std(0, ddof=int(len(runs) > 1))
-            epochs = np.arange(1, len(mean) + 1)
-            axis.plot(epochs, mean, ".", markevery=[-1], ls=dash, c=color, alpha=alpha, label=label)
-            axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+            draw_mean(axis, runs, key, alpha=alpha, **style)
     place = math.inf
     for line in sorted(accuracy.lines, key=lambda line: -line.get_ydata()[-1]):
         epoch, value = line.get_xydata()[-1]
         place = min(value, place - np.ptp(accuracy.get_ylim()) / 25)  # So none covers another.
         accuracy.text(epoch, place, f" {value:.1f}", color=line.get_color(), va="center")
-    for axis in (loss, accuracy):
-        axis.grid(alpha=0.3)
-        axis.locator_params("x", integer=True)
     loss.set(title="loss: test strong, train pale", xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(title="test accuracy", xlabel="epoch", ylabel="%", xmargin=0.1)
     loss.legend(*accuracy.get_legend_handles_labels(), loc="best")
@@ -865,7 +894,7 @@ def plot_blocks(maps, title, path):
 
 def report(folder):
     """Draws table and plots of all results in `folder`; returns the table."""
-    runs, tables, notes = load_results(folder := pathlib.Path(folder)), {}, []
+    runs, tables, notes = load_results(folder := pathlib.Path(folder).expanduser()), {}, []
     if not runs:
         raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
     for dataset, part in itertools.groupby(runs, key=lambda run: run["dataset"]):
@@ -876,7 +905,8 @@ def report(folder):
         common = [text for text in shared if text != part[0]["hardware"]]
         title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common])
         prefix = dataset.replace("/", "_")
-        plot_curves(groups, f"{title}, {' or '.join(seeds)}", folder / f"{prefix}_curves.png")
+        plot = plot_panels if len(groups) > 6 else plot_curves  # Seven curves are a thicket.
+        plot(groups, f"{title}, {' or '.join(seeds)}", folder / f"{prefix}_curves.png")
         files = {name: group[0]["model_file"] for name, group in groups.items()}
         maps = {n: read_or_skip(map_blocks, file) for n, file in files.items() if file.exists()}
         if maps := {name: blocks for name, blocks in maps.items() if blocks}:
