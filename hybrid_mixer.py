@@ -1,4 +1,4 @@
-"""MLP-Mixer with a convolution stem on CIFAR, in one Keras file.
+"""MLP-Mixer with small convolutions on CIFAR, in one Keras file.
 
 Reproduces Kanazi, Mnaa and Eisa, "Improving MLP-Mixer Performance on Small Image Datasets Using
 Locality-Aware Modifications". An MLP-Mixer isn't told which patches are neighbours; here
@@ -74,7 +74,7 @@ class ConvStem(layers.Layer):
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
         channels, policy = input_shape[-1], self.dtype_policy
         self.input_spec = layers.InputSpec(ndim=4, axes={-1: channels})
-        spatial = keras.initializers.RandomUniform(-1 / 3, 1 / 3)  # A filter sees 9 values.
+        spatial = keras.initializers.RandomUniform(-1 / 3, 1 / 3)  # 9 values in: 1/sqrt(9).
         across = keras.initializers.RandomUniform(-(channels**-0.5), channels**-0.5)
         common = {"data_format": "channels_last", "use_bias": False, "dtype": policy}
         self.depthwise = layers.DepthwiseConv2D(
@@ -113,8 +113,8 @@ class MixerBlock(layers.Layer):
         channels_mlp_dim: int, hidden width of the MLP across channels.
         dropout: float from 0 to below 1, chance of an activation to be zeroed in training.
             Defaults to `0.0`.
-        seed: int or `None`, what dropout's random numbers start from. Defaults to `None`: from
-            chance, or from what `keras.utils.set_random_seed` was given.
+        seed: int or `None`, what dropout's random numbers start from. Defaults to `None`: another
+            start each time, unless `keras.utils.set_random_seed` was called.
 
     Call arguments:
         inputs: tokens, a float tensor.
@@ -144,7 +144,8 @@ class MixerBlock(layers.Layer):
         if len(input_shape) != 3 or None in input_shape[1:]:
             wanted = "(batch, tokens, channels), both known, so flatten a grid with Reshape"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
-        (_, tokens, channels), policy = input_shape, self.dtype_policy
+        tokens, channels = input_shape[1:]
+        policy = self.dtype_policy
         self.input_spec = layers.InputSpec(shape=(None, tokens, channels))
 
         def norm():
@@ -152,11 +153,11 @@ class MixerBlock(layers.Layer):
             layer.build(input_shape)
             return layer
 
-        def dense(size, units, activation=None):
-            names, bound = ("kernel_initializer", "bias_initializer"), size**-0.5
+        def dense(fan_in, units, activation=None):
+            names, bound = ("kernel_initializer", "bias_initializer"), fan_in**-0.5
             uniform = {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
             layer = layers.Dense(units, activation, **uniform, dtype=policy)
-            layer.build((None, None, size))
+            layer.build((None, None, fan_in))
             return layer
 
         self.token_norm = norm()
@@ -165,7 +166,8 @@ class MixerBlock(layers.Layer):
         self.channel_norm = norm()
         self.channel_hidden = dense(channels, self.channels_mlp_dim, "gelu")
         self.channel_output = dense(self.channels_mlp_dim, channels)
-        self.drop = layers.Dropout(self.dropout, seed=self.seed, dtype=policy)  # New masks a call.
+        # Each call draws a new mask, so that one layer serves all four places.
+        self.drop = layers.Dropout(self.dropout, seed=self.seed, dtype=policy)
 
     def call(self, inputs, training=None):
         x = ops.transpose(self.token_norm(inputs), (0, 2, 1))
@@ -206,16 +208,22 @@ class Design(NamedTuple):
 
 MODELS = {
     "mixer": Design("no convolution: the paper's baseline"),
-    "hybrid": Design("a stem with batch norm and GELU", {}),
-    "hybrid_linear": Design("a stem as in the paper's text: convolutions alone", {"linear": True}),
-    "hybrid_residual": Design("a residual stem: added to its input", {"residual": True}),
+    "hybrid": Design("a stem with batch norm and GELU", stem={}),
+    "hybrid_linear": Design(
+        "a stem as in the paper's text: convolutions alone", stem={"linear": True}
+    ),
+    "hybrid_residual": Design("a residual stem: added to its input", stem={"residual": True}),
     "hybrid_late": Design("one convolution, after block 1", conv_every=1, last_conv=1),
-    "interleaved": Design("a stem and one after every 2nd block: the paper's code", {}, 2),
-    "interleaved_no_stem": Design("one convolution after every 2nd block, no stem", None, 2),
-    "interleaved_residual": Design("interleaved, but residual after blocks", {}, 2, residual=True),
-    "interleaved_4": Design("a stem and one after every 4th block", {}, 4),
-    "interleaved_3": Design("a stem and one after every 3rd block", {}, 3),
-    "interleaved_1": Design("a stem and one after every block", {}, 1),
+    "interleaved": Design(
+        "a stem and one after every 2nd block: the paper's code", stem={}, conv_every=2
+    ),
+    "interleaved_no_stem": Design("one convolution after every 2nd block, no stem", conv_every=2),
+    "interleaved_residual": Design(
+        "interleaved, but residual after blocks", stem={}, conv_every=2, residual=True
+    ),
+    "interleaved_4": Design("a stem and one after every 4th block", stem={}, conv_every=4),
+    "interleaved_3": Design("a stem and one after every 3rd block", stem={}, conv_every=3),
+    "interleaved_1": Design("a stem and one after every block", stem={}, conv_every=1),
 }
 
 
@@ -260,7 +268,7 @@ def build_model(
         x = ConvStem(**design.stem, name="stem")(x)
     x = layers.Reshape(tokens)(x)
     for i in range(1, num_blocks + 1):
-        # A seed is always drawn, so that first weights don't depend on the rate.
+        # Drawn from what first weights are drawn from, and at any rate, so that those don't change.
         block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
         x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
         if design.conv_every and i % design.conv_every == 0 and i <= design.last_conv:
@@ -273,7 +281,7 @@ def build_model(
 
 
 # -------------------------------------------------------------------------------------- data
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # The next run of a sweep finds its data.
 def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
     """Loads `shapes`, a folder of pictures or a data set of tensorflow-datasets.
 
@@ -328,7 +336,7 @@ def find_builder(name, data_dir, image_size):
     from tensorflow_datasets.core.download import downloader
 
     if keras.backend.backend() != "tensorflow":
-        tf.config.set_visible_devices([], "GPU")  # Reading files, it would take all GPU memory.
+        tf.config.set_visible_devices([], "GPU")  # It only reads files, so leave the GPU's memory.
     told, folder = f"Data set {name!r} can't be had", find_folder(name)
     try:
         builder = tfds.ImageFolder(str(folder)) if folder else tfds.builder(name, data_dir=data_dir)
@@ -401,14 +409,21 @@ def draw_shapes(num_train=5000, num_test=1000, seed=0):
     Neither colour nor place tells the classes apart, and a flip or a small turn changes none.
     Returns what `load_data` returns, always the same for the same arguments.
     """
-    names = "disk ring square frame plus saltire triangle rows columns checks".split()
     y, x = np.mgrid[-5:6, -5:6]
     box, radius = np.maximum(abs(x), abs(y)), np.hypot(x, y)
-    shapes = [
-        radius < 5.4, (radius < 5.4) & (radius > 2.9), box <= 5, box > 2,
-        np.minimum(abs(x), abs(y)) <= 1, np.minimum(abs(x - y), abs(x + y)) <= 1,
-        2 * abs(x) <= y + 5, y % 4 < 2, x % 4 < 2, (x // 3 + y // 3) % 2 == 0,
-    ]  # fmt: skip
+    shapes = {
+        "disk": radius < 5.4,
+        "ring": (radius < 5.4) & (radius > 2.9),
+        "square": box <= 5,
+        "frame": box > 2,
+        "plus": np.minimum(abs(x), abs(y)) <= 1,
+        "saltire": np.minimum(abs(x - y), abs(x + y)) <= 1,
+        "triangle": 2 * abs(x) <= y + 5,
+        "rows": y % 4 < 2,
+        "columns": x % 4 < 2,
+        "checks": (x // 3 + y // 3) % 2 == 0,
+    }
+    names, masks = list(shapes), list(shapes.values())
     rng = np.random.default_rng(seed)
     ramp = np.stack([np.linspace(1, 0, 32), np.linspace(0, 1, 32)])  # Blends the corners' colours.
     labels = rng.permutation(np.arange(num_train + num_test) % len(names))
@@ -420,7 +435,7 @@ def draw_shapes(num_train=5000, num_test=1000, seed=0):
             height, width = rng.permutation([2, rng.integers(3, 7)])
             picture[top : top + height, left : left + width] = rng.uniform(0, 255, 3)
         top, left = rng.integers(0, 22, 2)
-        picture[top : top + 11, left : left + 11][shapes[label]] = rng.uniform(160, 255, 3)
+        picture[top : top + 11, left : left + 11][masks[label]] = rng.uniform(160, 255, 3)
         image[:] = np.clip(picture, 0, 255)
     return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]), names
 
@@ -467,6 +482,7 @@ def add_preprocessing(network, train_images):
     """
     height, width, channels = shape = train_images.shape[1:]
     mean = train_images.mean((0, 1, 2))
+    # One image at a time, because all images as floats may not fit in memory.
     squares = sum(np.square(image, dtype="uint16").sum((0, 1)) for image in train_images)
     variance = squares / train_images[..., 0].size - mean**2
     normalize = layers.Normalization(mean=mean, variance=variance, dtype="float32")
@@ -476,19 +492,19 @@ def add_preprocessing(network, train_images):
     nearest = {"fill_mode": "constant", "interpolation": "nearest", **common}
     augmentation = [
         layers.RandomFlip("horizontal", **common),
-        # Rounded to whole pixels, +-4.5 gives each shift from -4 to 4 the same chance.
+        # A shift within +-4.5 is rounded to whole pixels: -4 to 4 all have the same chance.
         layers.RandomTranslation(4.5 / height, 4.5 / width, **nearest),
         layers.RandomRotation(15 / 360, **nearest),
         *([ColorJitter(dtype="float32")] if channels == 3 else []),
     ]
     for layer in augmentation:
-        layer.supports_jit = True  # Keras says no for two of them; on JAX, it works.
+        layer.supports_jit = True  # Keras doubts it of shift and turn, but JAX compiles them.
     pixels = keras.Input(shape, dtype="float32", name="pixels")
     classifier = keras.Model(pixels, network(normalize(pixels)), name=network.name)
-    x = pixels = keras.Input(shape, dtype="uint8", name="pixels")
+    x = raw_pixels = keras.Input(shape, dtype="uint8", name="pixels")
     for layer in [*augmentation, normalize, erase]:
         x = layer(x)
-    return keras.Model(pixels, network(x)), classifier
+    return keras.Model(raw_pixels, network(x)), classifier
 
 
 # ---------------------------------------------------------------------------------- training
@@ -569,7 +585,7 @@ def train(settings, data, folder, source=None):
     seed, epochs, folder = settings["seed"], settings["epochs"], pathlib.Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.clear_session()
-    keras.config.set_floatx("float32")  # Keras's augmentation bears no other.
+    keras.config.set_floatx("float32")  # Keras's augmentation works in no other.
     keras.config.set_dtype_policy(settings["precision"])
     keras.utils.set_random_seed(seed)
     network, trainer, classifier = make_models(settings, x_train, len(class_names))
@@ -587,7 +603,7 @@ def train(settings, data, folder, source=None):
     for epoch in range(done, epochs):
         begun = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(len(x_train))
-        rng = np.random.default_rng([seed, epoch, 1])  # Seeds augmentation and dropout.
+        rng = np.random.default_rng([seed, epoch, 1])  # For augmentation and dropout.
         for variable in trainer.non_trainable_variables:
             if variable.name == "seed_generator_state":
                 variable.assign(rng.integers(2**32, size=2, dtype="uint32"))
@@ -710,7 +726,8 @@ PAPER = {
     ("cifar10", "mixer"): "76.71", ("cifar10", "interleaved"): "82.27",
     ("cifar100", "mixer"): "48.20", ("cifar100", "interleaved"): "55.03",
 }  # fmt: skip
-COLORS = {"mixer": "#0072B2", "hybrid": "#E69F00", "interleaved": "#009E73"}  # Also of variants.
+# Variants, such as `hybrid_late`, have the colour of what they vary.
+COLORS = {"mixer": "#0072B2", "hybrid": "#E69F00", "interleaved": "#009E73"}
 CURVES = ("train_loss", "test_loss", "test_accuracy")
 
 
@@ -750,7 +767,10 @@ def load_results(folder):
 
 
 def group_runs(runs):
-    """Returns the conditions that all share, and `{model and other conditions: runs}`."""
+    """Returns the conditions that all runs share, and `{name: its runs}`.
+
+    A name is a model and what isn't shared, such as "mixer" or "mixer, patch_size 2".
+    """
     shared = [text for text in runs[0]["conditions"] if all(text in r["conditions"] for r in runs)]
     groups = {}
     for run in runs:
@@ -777,7 +797,8 @@ def make_cell(name, groups):
     cell = f"{mean_std([run['accuracy'] for run in runs])} (n = {len(runs)})"
     cell += f", gain {mean_std(gains, '+')}" if gains else ""
     paper = PAPER.get((settings["dataset"], model))
-    other = list_changes({**settings, "schedule": "cosine"})  # The paper names none.
+    # The paper's text names no schedule, so its numbers stand beside runs with either.
+    other = list_changes({**settings, "schedule": "cosine"})
     return cell + (f", paper {paper}" if paper and not other else "")
 
 
@@ -817,13 +838,13 @@ def draw_mean(axis, runs, key, **style):
 
 
 def get_color(runs):
-    """Returns the colour of runs of one model; variants have that of what they vary."""
+    """Returns the colour of runs of one model."""
     return COLORS[runs[0]["model"].split("_")[0]]
 
 
 def plot_panels(groups, title, path):
     """Draws test accuracy over epochs, a panel for each group, the first one grey in all."""
-    rows, (first, *_) = math.ceil(len(groups) / 4), groups
+    first, rows = next(iter(groups)), math.ceil(len(groups) / 4)
     figure = make_figure(10, 2 * rows + 0.5)
     axes = figure.subplots(rows, 4, sharey=True, squeeze=False).ravel()
     for axis, (name, runs) in zip(axes, groups.items()):
@@ -862,12 +883,13 @@ def plot_curves(groups, title, path):
 def map_offsets(block, height, width):
     """Returns a block's mean |W1 W2| over pairs of patches, by the offset of the patch read.
 
-    Offsets run from minus half of height and width to plus half; larger ones have fewer pairs.
+    Offsets run from minus half of height and width to plus half; there are few pairs beyond.
     """
     w1, w2 = (ops.convert_to_numpy(d.kernel) for d in (block.token_hidden, block.token_output))
     weights = abs(w1 @ w2).T.reshape(height, width, height, width)  # (to y, to x, from y, from x)
     down, right = (np.arange(-(size // 2), size // 2 + 1) for size in (height, width))
-    across = [np.diagonal(weights, dx, axis1=1, axis2=3) for dx in right]  # (to y, from y, pairs)
+    # A diagonal has all pairs of one offset: of x first, which leaves (to y, from y, pairs).
+    across = [np.diagonal(weights, dx, axis1=1, axis2=3) for dx in right]
     return np.array([[np.diagonal(x, dy, 0, 1).mean() for x in across] for dy in down])
 
 
@@ -894,11 +916,13 @@ def plot_blocks(maps, title, path):
 
 def report(folder):
     """Draws table and plots of all results in `folder`; returns the table."""
-    runs, tables, notes = load_results(folder := pathlib.Path(folder).expanduser()), {}, []
+    folder, tables, notes = pathlib.Path(folder).expanduser(), {}, []
+    runs = load_results(folder)
     if not runs:
         raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
     for dataset, part in itertools.groupby(runs, key=lambda run: run["dataset"]):
-        shared, groups = group_runs(part := list(part))
+        part = list(part)
+        shared, groups = group_runs(part)
         tables[dataset] = groups
         notes.append(f"{dataset}: {', '.join(shared)}.\n")
         seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
@@ -909,7 +933,8 @@ def report(folder):
         plot(groups, f"{title}, {' or '.join(seeds)}", folder / f"{prefix}_curves.png")
         files = {name: group[0]["model_file"] for name, group in groups.items()}
         maps = {n: read_or_skip(map_blocks, file) for n, file in files.items() if file.exists()}
-        if maps := {name: blocks for name, blocks in maps.items() if blocks}:
+        maps = {name: blocks for name, blocks in maps.items() if blocks}
+        if maps:
             plot_blocks(maps, f"Blocks of the first seed: {title}", folder / f"{prefix}_blocks.png")
     text = "\n".join([make_table(tables), *notes])
     (folder / "table.md").write_text(text, encoding="utf-8")
@@ -988,15 +1013,17 @@ def main(argv):
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
         if machine["device"].endswith("CPU cores") and not values["plot"]:
-            print("NO GPU FOUND: on a CPU, 30 epochs of CIFAR take an hour or two. An NVIDIA GPU, "
-                  'on Linux, needs pip install "tensorflow[and-cuda]".')  # fmt: skip
+            print("NO GPU FOUND: a CPU does for --dataset shapes, but CIFAR takes hours. An NVIDIA "
+                  'GPU, on Linux, needs pip install "tensorflow[and-cuda]".')  # fmt: skip
         if not values["plot"]:
             sweep(values, folder)
         print(report(folder), flush=True)
     except UserError as error:
         sys.exit(f"hybrid_mixer.py: {error}")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For what is still unsaid.
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes it once more.
         sys.exit("hybrid_mixer.py: nobody reads its output; the same command goes on from here.")
     except OSError as error:  # Of writing results: it names the file and what is wrong with it.
         sys.exit(f"hybrid_mixer.py: {error}: mend that or give another --output_dir.")
