@@ -830,7 +830,7 @@ def draw_mean(axis, runs, key, **style):
     values = np.array([run[key] for run in runs])
     mean, std = values.mean(0), values.std(0, ddof=int(len(runs) > 1))
     epochs, color = np.arange(1, len(mean) + 1), style["color"]
-    axis.plot(epochs, mean, ".", markevery=[-1], **style)
+    axis.plot(epochs, mean, marker=".", markevery=[-1], **style)
     axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3)
     axis.locator_params("x", integer=True)

@@ -1245,6 +1245,7 @@ def test_more_than_six_groups_are_drawn_in_panels_that_show_the_last_mean(tmp_pa
     for i, axis in enumerate(figures[-1].axes):
         assert axis.get_title() == f"{models[i]}: {61 + i}.0"
         assert [line.get_ydata()[-1] for line in axis.lines] == pytest.approx([61, 61 + i])
+        assert {line.get_linestyle() for line in axis.lines} == {"-"}
 
 
 @pytest.mark.parametrize(
@@ -1322,23 +1323,28 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
 
 def test_readme_shows_what_the_models_cost():
     readme, runs = (HERE / "README.md").read_text(), hm.load_results(RESULTS / "speed")
-    assert {run["model"] for run in runs} == set(hm.MODELS)
-
-    def cost(run):
-        predict = run["predict_ms"]
-        return np.array([1 / run["train_images_per_second"], predict["1"], predict["128"]])
-
-    mixers = {run["seed"]: cost(run) for run in runs if run["model"] == "mixer"}
+    costs = {}  # Images/s in training, milliseconds to predict one image and a batch of 128.
+    for run in runs:
+        predict = [run["predict_ms"][size] for size in ("1", "128")]
+        costs[run["model"], run["seed"]] = np.array([run["train_images_per_second"], *predict])
+    assert sorted(costs) == sorted((model, seed) for model in hm.MODELS for seed in range(3))
     for model, (stem, behind) in PLACES.items():
-        own = [run for run in runs if run["model"] == model]
-        second, one, batch = np.median([cost(run) for run in own], axis=0)
-        ratios = np.median([cost(run) / mixers[run["seed"]] for run in own], axis=0)
-        values = (f"{1 / second:.0f}", f"{one:.1f}", f"{batch:.0f}")
-        cells = [f"{v} ({ratio:.2f})" for v, ratio in zip(values, ratios)]
-        convolutions = len(behind) + (stem is not None)
-        row = [model, str(convolutions), own[0]["parameters"], *cells]
+        own = [costs[model, seed] for seed in range(3)]
+        values = np.median(own, axis=0)
+        ratios = np.median([own[seed] / costs["mixer", seed] for seed in range(3)], axis=0)
+        texts = ("{:.0f} ({:.2f})", "{:.1f} ({:.2f})", "{:.0f} ({:.2f})")
+        cells = [text.format(*pair) for text, *pair in zip(texts, values, ratios)]
+        parameters = next(run["parameters"] for run in runs if run["model"] == model)
+        row = [model, str(len(behind) + (stem is not None)), parameters, *cells]
         assert f"\n| {' | '.join(row)} |\n" in readme, row
-    assert f"On {runs[0]['device']}" in readme and runs[0]["backend"] in readme
+    every = np.array([[costs[model, seed] for seed in range(3)] for model in hm.MODELS])
+    train, one, batch = (100 * (every.max(1) / every.min(1) - 1)).max(0)
+    for text in ("training varies by up to {:.0f} %", "predictions by up to {:.0f} %"):
+        assert text.format(train if "train" in text else max(one, batch)) in " ".join(
+            readme.split()
+        )
+    ((device, backend),) = {(run["device"], run["backend"]) for run in runs}
+    assert f"On {device}" in readme and backend in readme
 
 
 def test_readmes_headline_says_what_the_results_do():
