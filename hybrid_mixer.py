@@ -268,7 +268,7 @@ def build_model(
         x = ConvStem(**design.stem, name="stem")(x)
     x = layers.Reshape(tokens)(x)
     for i in range(1, num_blocks + 1):
-        # Drawn from what first weights are drawn from, and at any rate, so that those don't change.
+        # A seed is drawn at any rate, or the weights that are drawn after it would depend on that.
         block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
         x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
         if design.conv_every and i % design.conv_every == 0 and i <= design.last_conv:
@@ -603,7 +603,8 @@ def train(settings, data, folder, source=None):
     for epoch in range(done, epochs):
         begun = time.perf_counter()
         order = np.random.default_rng([seed, epoch]).permutation(len(x_train))
-        rng = np.random.default_rng([seed, epoch, 1])  # For augmentation and dropout.
+        # So chance in augmentation and dropout is the same in a run that was stopped.
+        rng = np.random.default_rng([seed, epoch, 1])
         for variable in trainer.non_trainable_variables:
             if variable.name == "seed_generator_state":
                 variable.assign(rng.integers(2**32, size=2, dtype="uint32"))
@@ -850,7 +851,7 @@ def plot_panels(groups, title, path):
     for axis, (name, runs) in zip(axes, groups.items()):
         draw_mean(axis, groups[first], "test_accuracy", color="silver")
         end = draw_mean(axis, runs, "test_accuracy", color=get_color(runs))
-        axis.set_title(f"{name}: {end:.1f}", fontsize="medium")
+        axis.set_title(f"{name}: {end:.1f}".replace(", ", "\n"), fontsize="medium")
     for axis in axes[len(groups) :]:
         axis.remove()
     figure.suptitle(f"{title}: test accuracy in %, that of {first} in grey")
@@ -862,7 +863,8 @@ def plot_curves(groups, title, path):
     """Draws loss and accuracy over epochs: the mean of all seeds in a band of their deviation."""
     figure = make_figure(10, 4.5)
     loss, accuracy = figure.subplots(1, 2)
-    dashes = {color: itertools.cycle(["-", "--", "-.", ":"]) for color in COLORS.values()}
+    styles = ["-", "--", "-.", ":", (0, (1, 4)), (0, (9, 3))]
+    dashes = {color: itertools.cycle(styles) for color in COLORS.values()}
     for name, runs in groups.items():
         style = {"color": get_color(runs), "label": name.replace(", ", "\n")}
         style["linestyle"] = next(dashes[style["color"]])
@@ -1021,9 +1023,8 @@ def main(argv):
     except UserError as error:
         sys.exit(f"hybrid_mixer.py: {error}")
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # Python flushes it once more.
+        # As it ends, Python writes what is left to standard output: now to nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit("hybrid_mixer.py: nobody reads its output; the same command goes on from here.")
     except OSError as error:  # Of writing results: it names the file and what is wrong with it.
         sys.exit(f"hybrid_mixer.py: {error}: mend that or give another --output_dir.")
