@@ -1386,27 +1386,27 @@ def test_readmes_headline_says_what_the_results_do():
     theirs = [authors[f"cifar10/{run['model']}"]["test_accuracy"] for run in published]
     last = [x for run, curve in zip(published, theirs) for x in (run["accuracy"], curve[-1])]
     apart = np.abs([run["test_accuracy"] - curve for run, curve in zip(published, theirs)])
-    shapes = [np.mean([run["accuracy"] for run in load("shapes") if run["model"] == model])
+    shapes = [hm.mean_std([run["accuracy"] for run in load("shapes") if run["model"] == model])
               for model in ("mixer", "hybrid", "interleaved")]  # fmt: skip
     for text in (
         "`interleaved`, {:+.2f} points on CIFAR-10 (one seed) and {:+.2f} on CIFAR-100 "
         "(95 % interval: {:.2f} to {:.2f})".format(*interleaved, *interval("interleaved")),
         "`hybrid_linear` ends near `mixer`, at {:+.2f} (one seed) and {:+.2f} points "
         "({:.2f} to {:.2f})".format(*linear, *interval("hybrid_linear")),
-        "`hybrid`, it loses {:.2f} (one seed) and {:.2f} ({:.2f} to {:.2f}), with lower".format(
-            *-hybrid, *-interval("hybrid")[::-1]
-        ),
+        "`hybrid`, it loses {1:.2f} on CIFAR-100 ({2:.2f} to {3:.2f}; "
+        "on CIFAR-10 {0:.2f}, one seed)".format(*-hybrid, *-interval("hybrid")[::-1]),
         f"the move turns a loss of {-late[0]:.2f} points into a gain of {late[1]:.2f}",
         "(`hybrid_linear`): {:+.2f} and {:+.2f}; the".format(*linear),
         "the code's model: {:+.2f} and {:+.2f} |".format(*interleaved),
         "`mixer` ends at {:.0f} and `hybrid` at {:.0f} % of the test pictures".format(*demo),
         "a train loss like that of `mixer` ({:.3f} and {:.3f}) and a higher test loss "
         "({:.3f} and {:.3f})".format(*loss),
+        f"a gain of {last[0] - last[2]:.2f} points ({last[1] - last[3]:.2f})",
         f"within {apart.max():.2f} points of those that the authors' notebook printed",
         f"from epoch 15 on within {apart[:, 14:].max():.2f} (",
         "`interleaved` has {:.2f} % (theirs {}) and `mixer` {:.2f} % ({})".format(*last),
         "{:.3f} (`interleaved`) and {:.3f} (`mixer`)".format(*losses),
-        "`mixer` reaches {:.2f} %, `hybrid` {:.2f} % and `interleaved` {:.2f} %".format(*shapes),
+        "`mixer` reaches {} %, `hybrid` {} % and `interleaved` {} %".format(*shapes),
         f"{more:,} more than `mixer`, {100 * more / int(plain):+.1f} %",
     ):
         assert text in readme, text
