@@ -705,12 +705,12 @@ def describe_machine():
     library = sys.modules[backend]
     cpu = re.search("model name\t: (.*)", info.read_text() if info.exists() else "")
     cpu = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPU cores"
-    if not any("gpu" in name.lower() for name in keras.distribution.list_devices()):
+    if backend == "torch":
+        device = library.cuda.get_device_name() if library.cuda.is_available() else cpu
+    elif not any("gpu" in name.lower() for name in keras.distribution.list_devices()):
         device = cpu
     elif backend == "jax":
         device = library.devices()[0].device_kind
-    elif backend == "torch":
-        device = library.cuda.get_device_name()
     else:
         gpus = library.config.list_physical_devices("GPU")
         device = library.config.experimental.get_device_details(gpus[0])["device_name"]

@@ -444,6 +444,18 @@ t.run_small(pathlib.Path(sys.argv[1]))
         assert losses(tmp_path) == losses(whole[0])
 
 
+def test_what_torch_has_trained_is_as_accurate_elsewhere(tmp_path):
+    pytest.importorskip("torch")
+    code = "import pathlib, sys, test_hybrid_mixer as t; t.run_small(pathlib.Path(sys.argv[1]))"
+    run_python("-c", code, tmp_path, backend="torch")
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["backend"].startswith("torch ") and len(result["history"]["train_loss"]) == 4
+    images, labels = hm.draw_shapes(200, 40)[1]
+    logits = keras.saving.load_model(path.with_suffix(".keras")).predict(images, verbose=0)
+    assert (logits.argmax(1) == labels).mean() == pytest.approx(result["final_test_accuracy"])
+
+
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_saved_model_loads_in_a_fresh_process_and_takes_pixels(tmp_path, backend):
     images = np.random.default_rng(0).integers(0, 256, (1500, 8, 12, 3)).astype("uint8")
