@@ -721,6 +721,11 @@ def describe_machine():
             "python": platform.python_version(), **versions}  # fmt: skip
 
 
+def is_cpu(device):
+    """Tells whether a device, as `describe_machine` names it, is a CPU."""
+    return device.endswith("CPU cores")
+
+
 # ------------------------------------------------------------------------- results and plots
 # The paper's accuracy at its best epochs, in %; what it calls hybrid is our `interleaved`.
 PAPER = {
@@ -754,7 +759,7 @@ def read_run(path):
     run["test_accuracy"] = 100 * run["test_accuracy"]
     run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
     changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
-    device = "CPU" if run["device"].endswith("CPU cores") else run["device"]  # CPUs of any make.
+    device = "CPU" if is_cpu(run["device"]) else run["device"]  # CPUs of any make.
     run["hardware"] = f"{device}, {run['backend']}"
     run["conditions"] = [f"{run['epochs']} epochs", *changes, run["hardware"]]
     order = ([*MODELS].index(run["model"]), run["conditions"], int(run["seed"]))
@@ -1014,7 +1019,7 @@ def main(argv):
             raise UserError(f"{argv[1]!r} is no flag: see --help.")
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
-        if machine["device"].endswith("CPU cores") and not values["plot"]:
+        if is_cpu(machine["device"]) and not values["plot"]:
             print("NO GPU FOUND: a CPU does for --dataset shapes, but CIFAR takes hours. An NVIDIA "
                   'GPU, on Linux, needs pip install "tensorflow[and-cuda]".')  # fmt: skip
         if not values["plot"]:

@@ -1335,26 +1335,26 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
 
 def test_readme_shows_what_the_models_cost():
     readme, runs = (HERE / "README.md").read_text(), hm.load_results(RESULTS / "speed")
-    costs = {}  # Images/s in training, milliseconds to predict one image and a batch of 128.
-    for run in runs:
-        predict = [run["predict_ms"][size] for size in ("1", "128")]
-        costs[run["model"], run["seed"]] = np.array([run["train_images_per_second"], *predict])
-    assert sorted(costs) == sorted((model, seed) for model in hm.MODELS for seed in range(3))
-    for model, (stem, behind) in PLACES.items():
-        own = [costs[model, seed] for seed in range(3)]
-        values = np.median(own, axis=0)
-        ratios = np.median([own[seed] / costs["mixer", seed] for seed in range(3)], axis=0)
+    by_name = {(run["model"], run["seed"]): run for run in runs}
+    assert sorted(by_name) == sorted((model, seed) for model in hm.MODELS for seed in range(3))
+
+    def cost(run):
+        """Returns images/s in training and milliseconds to predict one image and a batch."""
+        return [run["train_images_per_second"], *(run["predict_ms"][size] for size in ("1", "128"))]
+
+    costs = np.array([[cost(by_name[model, seed]) for seed in range(3)] for model in PLACES])
+    ratios = costs / costs[0]  # To `mixer` of the same seed.
+    medians = zip(PLACES.items(), np.median(costs, axis=1), np.median(ratios, axis=1))
+    for (model, (stem, behind)), values, ratio in medians:
         texts = ("{:.0f} ({:.2f})", "{:.1f} ({:.2f})", "{:.0f} ({:.2f})")
-        cells = [text.format(*pair) for text, *pair in zip(texts, values, ratios)]
-        parameters = next(run["parameters"] for run in runs if run["model"] == model)
-        row = [model, str(len(behind) + (stem is not None)), parameters, *cells]
+        cells = [text.format(*pair) for text, *pair in zip(texts, values, ratio)]
+        convolutions = len(behind) + (stem is not None)
+        row = [model, str(convolutions), by_name[model, 0]["parameters"], *cells]
         assert f"\n| {' | '.join(row)} |\n" in readme, row
-    every = np.array([[costs[model, seed] for seed in range(3)] for model in hm.MODELS])
-    train, one, batch = (100 * (every.max(1) / every.min(1) - 1)).max(0)
-    for text in ("training varies by up to {:.0f} %", "predictions by up to {:.0f} %"):
-        assert text.format(train if "train" in text else max(one, batch)) in " ".join(
-            readme.split()
-        )
+    train, one, batch = (100 * (costs.max(1) / costs.min(1) - 1)).max(0)
+    words = " ".join(readme.split())
+    assert f"training varies by up to {train:.0f} %" in words
+    assert f"predictions by up to {max(one, batch):.0f} %" in words
     ((device, backend),) = {(run["device"], run["backend"]) for run in runs}
     assert f"On {device}" in readme and backend in readme
 
