@@ -1317,8 +1317,10 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
             settings = json.loads(path.read_text())["settings"]
             assert hm.run_name({**hm.DEFAULTS, **settings}) == path.stem
             assert set(settings) <= {*hm.DEFAULTS, *hm.RUN}
+            hardware = hm.read_run(path)["hardware"]
             for other in RESULTS.glob(f"*/{path.name}"):  # A run may stand in two folders.
-                assert other.read_bytes() == path.read_bytes()
+                if hm.read_run(other)["hardware"] == hardware:
+                    assert other.read_bytes() == path.read_bytes()
     assert hm.report(tmp_path) == (folder / "table.md").read_text()
     drawn, committed = ({path.name for path in f.glob("*.png")} for f in (tmp_path, folder))
     committed -= {"cifar10_authors.png"}  # An older script has drawn it.
@@ -1372,22 +1374,30 @@ def test_readmes_headline_says_what_the_results_do():
         base = {run["seed"]: run for run in runs if run["model"] == "mixer"}
         return [(run, base[run["seed"]]) for run in runs if run["model"] == model]
 
-    def gain(*names):
-        return np.mean([run["accuracy"] - mixer["accuracy"] for run, mixer in pairs(*names)])
+    def gains(*names):
+        return np.array([run["accuracy"] - mixer["accuracy"] for run, mixer in pairs(*names)])
 
-    def interval(model):
-        """Returns the 95 % interval of the gain on CIFAR-100 by a paired t-test of three seeds."""
-        pairings = pairs("table1", "cifar100", model)
-        gains = [run["accuracy"] - mixer["accuracy"] for run, mixer in pairings]
-        assert len(gains) == 3  # With 2 degrees of freedom, Student's quantile has a closed form.
-        reach = 0.95 / math.sqrt(2 * 0.975 * 0.025) * np.std(gains, ddof=1) / math.sqrt(3)
-        return np.mean(gains) + np.array([-reach, reach])
+    def interval(gains):
+        """Returns mean, start and end of the 95 % interval of a paired t-test."""
+        # Student's quantile has closed forms for 1 and 2 degrees of freedom.
+        quantiles = {2: math.tan(0.475 * math.pi), 3: 0.95 / math.sqrt(2 * 0.975 * 0.025)}
+        reach = quantiles[len(gains)] * np.std(gains, ddof=1) / math.sqrt(len(gains))
+        return np.mean(gains) + np.array([0, -reach, reach])
 
     data = ("cifar10", "cifar100")
-    models = ("interleaved", "hybrid", "hybrid_linear")
-    interleaved, hybrid, linear = np.array([[gain("table1", d, m) for d in data] for m in models])
+    ten, hundred = ({m: gains("table1", d, m) for m in hm.MODELS} for d in data)
+    interleaved = [*interval(ten["interleaved"]), *interval(hundred["interleaved"])]
+    (linear,) = gains("cpu", "cifar10", "hybrid_linear")
+    linears = [linear, *interval(hundred["hybrid_linear"])]
+    late = [*interval(ten["hybrid_late"] - ten["hybrid"]), *interval(ten["hybrid_late"])]
+    groups = ([r for r in load("table1") if r["dataset"] == "cifar10"], load("cpu"))
+    gpu, cpu = ({run["model"]: run for run in runs} for runs in groups)
+    means = {m: np.mean([r["accuracy"] for r in groups[0] if r["model"] == m]) for m in gpu}
+    apart_cpu = max(abs(cpu[m]["accuracy"] - means[m]) for m in {*gpu} & {*cpu})
+    seconds = np.concatenate([run["history"]["seconds"] for run in groups[0]])
+    sizes = {m: int(run["parameters"].replace(",", "")) for m, run in gpu.items()}
+    fewer = sizes["interleaved"] - sizes["interleaved_3"]
     demo = [run["accuracy"] for run in load("demo")]
-    late = [gain("study", "cifar10", model) for model in ("hybrid", "hybrid_late")]
     (study,) = pairs("study", "cifar10", "hybrid")
     loss = [run[key][-1] for key in ("train_loss", "test_loss") for run in study]
     (published,) = pairs("published", "cifar10", "interleaved")
@@ -1401,15 +1411,22 @@ def test_readmes_headline_says_what_the_results_do():
     shapes = [hm.mean_std([run["accuracy"] for run in load("shapes") if run["model"] == model])
               for model in ("mixer", "hybrid", "interleaved")]  # fmt: skip
     for text in (
-        "`interleaved`, {:+.2f} points on CIFAR-10 (one seed) and {:+.2f} on CIFAR-100 "
-        "(95 % interval: {:.2f} to {:.2f})".format(*interleaved, *interval("interleaved")),
-        "`hybrid_linear` ends near `mixer`, at {:+.2f} (one seed) and {:+.2f} points "
-        "({:.2f} to {:.2f})".format(*linear, *interval("hybrid_linear")),
-        "`hybrid`, it loses {1:.2f} on CIFAR-100 ({2:.2f} to {3:.2f}; "
-        "on CIFAR-10 {0:.2f}, one seed)".format(*-hybrid, *-interval("hybrid")[::-1]),
-        f"the move turns a loss of {-late[0]:.2f} points into a gain of {late[1]:.2f}",
-        "(`hybrid_linear`): {:+.2f} and {:+.2f}; the".format(*linear),
-        "the code's model: {:+.2f} and {:+.2f} |".format(*interleaved),
+        "`interleaved`, {:+.2f} points on CIFAR-10 (95 % interval: {:.2f} to {:.2f}) and {:+.2f} "
+        "on CIFAR-100 ({:.2f} to {:.2f})".format(*interleaved),
+        "`hybrid_linear` ends near `mixer`, at {:+.2f} on CIFAR-10 (one seed, [on a "
+        "CPU](results/cpu/table.md)) and {:+.2f} on CIFAR-100 ({:.2f} to {:.2f})".format(*linears),
+        "`hybrid`, it loses {0:.2f} on CIFAR-100 ({2:.2f} to {1:.2f})".format(
+            *-interval(hundred["hybrid"])
+        ),
+        "with two seeds, {:.2f} and {:.2f} on CIFAR-10".format(*-ten["hybrid"]),
+        "ends {:.2f} points above `hybrid` on CIFAR-10 ({:.2f} to {:.2f}) and {:.2f} above "
+        "`mixer` ({:.2f} to {:.2f})".format(*late),
+        f"seed 0 within {apart_cpu:.2f} points of the means above",
+        f"an epoch took {np.median(seconds):.1f} seconds (median)",
+        "(`hybrid_linear`): {:+.2f} and {:+.2f}; the".format(*linears),
+        "the code's model: {0:+.2f} and {3:+.2f} |".format(*interleaved),
+        "`interleaved_3`: {:+.2f} on CIFAR-10 ({:.2f} to {:.2f}), level with `interleaved` with "
+        "{:,} parameters fewer".format(*interval(ten["interleaved_3"]), fewer),
         "`mixer` ends at {:.0f} and `hybrid` at {:.0f} % of the test pictures".format(*demo),
         "a train loss like that of `mixer` ({:.3f} and {:.3f}) and a higher test loss "
         "({:.3f} and {:.3f})".format(*loss),
@@ -1422,6 +1439,11 @@ def test_readmes_headline_says_what_the_results_do():
         f"{more:,} more than `mixer`, {100 * more / int(plain):+.1f} %",
     ):
         assert text in readme, text
+    assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
+    _, start, end = interval(ten["interleaved_3"] - ten["interleaved"])  # "level"
+    assert start < 0 < end
+    assert re.search(r"and (0\.\d\d) of the \[training", readme)[1] == re.search(
+        r"\| hybrid_late \|[^|]*\|[^|]*\| \d+ \((.*?)\)", readme)[1]  # fmt: skip
     for dataset in data:  # Whose train loss is the lower in the authors' log.
         names = (f"{dataset}/{model}" for model in ("mixer", "interleaved"))
         lower = 1 + np.flatnonzero(np.less(*(authors[name]["train_loss"] for name in names)))
