@@ -215,15 +215,15 @@ MODELS = {
     "hybrid_residual": Design("a residual stem: added to its input", stem={"residual": True}),
     "hybrid_late": Design("one convolution, after block 1", conv_every=1, last_conv=1),
     "interleaved": Design(
-        "a stem and one after every 2nd block: the paper's code", stem={}, conv_every=2
+        "a stem, a convolution after every 2nd block: the paper's code", stem={}, conv_every=2
     ),
     "interleaved_no_stem": Design("one convolution after every 2nd block, no stem", conv_every=2),
     "interleaved_residual": Design(
         "interleaved, but residual after blocks", stem={}, conv_every=2, residual=True
     ),
-    "interleaved_4": Design("a stem and one after every 4th block", stem={}, conv_every=4),
-    "interleaved_3": Design("a stem and one after every 3rd block", stem={}, conv_every=3),
-    "interleaved_1": Design("a stem and one after every block", stem={}, conv_every=1),
+    "interleaved_4": Design("a stem, a convolution after every 4th block", stem={}, conv_every=4),
+    "interleaved_3": Design("a stem, a convolution after every 3rd block", stem={}, conv_every=3),
+    "interleaved_1": Design("a stem, a convolution after every block", stem={}, conv_every=1),
 }
 
 
