@@ -1314,12 +1314,11 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
     for path in folder.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
         if "-seed" in path.name:  # It is called what the script would call it.
-            settings = json.loads(path.read_text())["settings"]
-            assert hm.run_name({**hm.DEFAULTS, **settings}) == path.stem
-            assert set(settings) <= {*hm.DEFAULTS, *hm.RUN}
-            hardware = hm.read_run(path)["hardware"]
+            run = hm.read_run(path)
+            assert hm.run_name({**hm.DEFAULTS, **run["settings"]}) == path.stem
+            assert set(run["settings"]) <= {*hm.DEFAULTS, *hm.RUN}
             for other in RESULTS.glob(f"*/{path.name}"):  # A run may stand in two folders.
-                if hm.read_run(other)["hardware"] == hardware:
+                if hm.read_run(other)["hardware"] == run["hardware"]:
                     assert other.read_bytes() == path.read_bytes()
     assert hm.report(tmp_path) == (folder / "table.md").read_text()
     drawn, committed = ({path.name for path in f.glob("*.png")} for f in (tmp_path, folder))
@@ -1377,12 +1376,12 @@ def test_readmes_headline_says_what_the_results_do():
     def gains(*names):
         return np.array([run["accuracy"] - mixer["accuracy"] for run, mixer in pairs(*names)])
 
-    def interval(gains):
+    def interval(values):
         """Returns mean, start and end of the 95 % interval of a paired t-test."""
         # Student's quantile has closed forms for 1 and 2 degrees of freedom.
         quantiles = {2: math.tan(0.475 * math.pi), 3: 0.95 / math.sqrt(2 * 0.975 * 0.025)}
-        reach = quantiles[len(gains)] * np.std(gains, ddof=1) / math.sqrt(len(gains))
-        return np.mean(gains) + np.array([0, -reach, reach])
+        reach = quantiles[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
+        return np.mean(values) + np.array([0, -reach, reach])
 
     data = ("cifar10", "cifar100")
     ten, hundred = ({m: gains("table1", d, m) for m in hm.MODELS} for d in data)
@@ -1400,16 +1399,14 @@ def test_readmes_headline_says_what_the_results_do():
     hours = [sum(r["history"]["seconds"]) / 3600 for r in runs if hm.is_cpu(r["device"])]
     seconds = np.concatenate([run["history"]["seconds"] for run in groups[0]])
     sizes = {m: int(run["parameters"].replace(",", "")) for m, run in gpu.items()}
-    fewer = sizes["interleaved"] - sizes["interleaved_3"]
-    third = [*interval(ten["interleaved_3"])]
-    third += [*interval(ten["interleaved_3"] - ten["interleaved"])]
+    more, fewer = (sizes["interleaved"] - sizes[m] for m in ("mixer", "interleaved_3"))
+    every_3rd = ten["interleaved_3"]
+    third = [*interval(every_3rd), *interval(every_3rd - ten["interleaved"])]
     demo = [run["accuracy"] for run in load("demo")]
     (study,) = pairs("study", "cifar10", "hybrid")
     loss = [run[key][-1] for key in ("train_loss", "test_loss") for run in study]
     (published,) = pairs("published", "cifar10", "interleaved")
     losses = [run["test_loss"][-1] for run in published]
-    convolved, plain = (run["parameters"].replace(",", "") for run in published)
-    more = int(convolved) - int(plain)
     authors = json.loads((RESULTS / "published" / "authors.json").read_text())
     theirs = [authors[f"cifar10/{run['model']}"]["test_accuracy"] for run in published]
     last = [x for run, curve in zip(published, theirs) for x in (run["accuracy"], curve[-1])]
@@ -1444,7 +1441,7 @@ def test_readmes_headline_says_what_the_results_do():
         "`interleaved` has {:.2f} % (theirs {}) and `mixer` {:.2f} % ({})".format(*last),
         "{:.3f} (`interleaved`) and {:.3f} (`mixer`)".format(*losses),
         "`mixer` reaches {} %, `hybrid` {} % and `interleaved` {} %".format(*shapes),
-        f"{more:,} more than `mixer`, {100 * more / int(plain):+.1f} %",
+        f"{more:,} more than `mixer`, {100 * more / sizes['mixer']:+.1f} %",
     ):
         assert text in readme, text
     assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
