@@ -1463,12 +1463,12 @@ def test_readmes_headline_says_what_the_results_do():
     one_convolution = [model for model in reached if model.startswith("hybrid")]
     assert max(one_convolution, key=reached.get) == "hybrid_late"  # "the best with one convolution"
     assert max(reached, key=reached.get) == "interleaved_3"  # "the best of all"
-    speed = {(run["model"], run["seed"]): run for run in load("speed")}
-    stems, lates = ([speed[m, s]["accuracy"] for s in range(3)] for m in ("hybrid", "hybrid_late"))
-    assert np.greater(stems, lates).sum() == 2  # "with two of three seeds"
-    for seed in range(3):  # "a model with nine convolutions trains more slowly"
-        nine, none = speed["interleaved_1", seed], speed["mixer", seed]
-        assert nine["train_images_per_second"] < none["train_images_per_second"]
+    stems, lates = (gains("speed", "shapes", model) for model in ("hybrid", "hybrid_late"))
+    assert len(stems) == 3 and sum(stems > lates) == 2  # "with two of three seeds"
+    nine_and_none = pairs("speed", "shapes", "interleaved_1")
+    assert len(nine_and_none) == 3
+    for run, mixer in nine_and_none:  # "a model with nine convolutions trains more slowly"
+        assert run["train_images_per_second"] < mixer["train_images_per_second"]
 
 
 def test_readmes_snippets_run(tmp_path):
