@@ -706,14 +706,15 @@ def describe_machine():
     cpu = re.search("model name\t: (.*)", info.read_text() if info.exists() else "")
     cpu = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPU cores"
     if backend == "torch":
-        device = library.cuda.get_device_name() if library.cuda.is_available() else cpu
-    elif not any("gpu" in name.lower() for name in keras.distribution.list_devices()):
-        device = cpu
+        kind = ops.zeros(1).device.type  # Keras picks it: cpu, cuda, mps (an Apple GPU) or xpu.
+        name = library.cuda.get_device_name() if kind == "cuda" else kind
     elif backend == "jax":
-        device = library.devices()[0].device_kind
+        kind, name = library.devices()[0].platform, library.devices()[0].device_kind
     else:
-        gpus = library.config.list_physical_devices("GPU")
-        device = library.config.experimental.get_device_details(gpus[0])["device_name"]
+        gpus = library.config.get_visible_devices("GPU")
+        details = library.config.experimental.get_device_details(gpus[0]) if gpus else {}
+        kind, name = "gpu" if gpus else "cpu", details.get("device_name", "GPU")
+    device = cpu if kind == "cpu" else name
     names = ("keras", "numpy", "tensorflow_datasets")  # The last is `None` where it read nothing.
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
     backend += f" {library.__version__}"
@@ -1020,8 +1021,10 @@ def main(argv):
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
         if is_cpu(machine["device"]) and not values["plot"]:
-            print("NO GPU FOUND: a CPU does for --dataset shapes, but CIFAR takes hours. An NVIDIA "
-                  'GPU, on Linux, needs pip install "tensorflow[and-cuda]".')  # fmt: skip
+            print(
+                "NO GPU FOUND: a CPU does for --dataset shapes, but CIFAR takes hours. An NVIDIA "
+                'GPU, on Linux, needs pip install "tensorflow[and-cuda]" (or JAX for GPUs).'
+            )
         if not values["plot"]:
             sweep(values, folder)
         print(report(folder), flush=True)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from unittest import mock
 
 import keras
 import numpy as np
@@ -1001,6 +1002,25 @@ def test_mixed_precision_trains_and_resumes(tmp_path):
         result = run_small(tmp_path / folder, **settings)
         assert result["history"]["train_loss"][0] < 2.6
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("backend, place, details, device", [
+    ("tensorflow", "GPU", {"device_name": "NVIDIA T4"}, "NVIDIA T4"),
+    ("tensorflow", "GPU", {}, "GPU"),  # Not every GPU tells its name.
+    ("jax", "tpu", {}, "TPU v2"),
+    ("torch", "mps", {}, "mps"),
+])  # fmt: skip
+def test_results_name_the_accelerator_that_keras_uses(monkeypatch, backend, place, details, device):
+    library = mock.Mock(**{
+        "config.get_visible_devices.side_effect": lambda kind: [kind] if kind == place else [],
+        "config.experimental.get_device_details.return_value": details,
+        "devices.return_value": [mock.Mock(platform=place, device_kind="TPU v2")],
+    }, __version__="1")  # fmt: skip
+    monkeypatch.setitem(sys.modules, backend, library)
+    monkeypatch.setattr(keras.backend, "backend", lambda: backend)
+    monkeypatch.setattr(hm.ops, "zeros", lambda shape: mock.Mock(**{"device.type": place}))
+    named = hm.describe_machine()["device"]
+    assert named == device and not hm.is_cpu(named)
 
 
 # --------------------------------------------------------------------------------- commands
