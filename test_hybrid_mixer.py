@@ -1380,63 +1380,56 @@ def test_readme_shows_what_the_models_cost():
     assert f"On {device}" in readme and backend in readme
 
 
-def test_readmes_headline_says_what_the_results_do():
+@functools.cache
+def load(folder, dataset=None):
+    """Returns the results in a folder, in that of all or of one data set."""
+    return [r for r in hm.load_results(RESULTS / folder) if dataset in (None, r["dataset"])]
+
+
+def pairs(folder, dataset, model):
+    """Returns each run of a model and the one of `mixer` that has its seed."""
+    base = {run["seed"]: run for run in load(folder, dataset) if run["model"] == "mixer"}
+    return [(run, base[run["seed"]]) for run in load(folder, dataset) if run["model"] == model]
+
+
+def gains(*names):
+    return np.array([run["accuracy"] - mixer["accuracy"] for run, mixer in pairs(*names)])
+
+
+def interval(values):
+    """Returns mean, start and end of the 95 % interval of a paired t-test."""
+    # Student's quantile has closed forms for 1 and 2 degrees of freedom.
+    quantiles = {2: math.tan(0.475 * math.pi), 3: 0.95 / math.sqrt(2 * 0.975 * 0.025)}
+    reach = quantiles[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
+    return np.mean(values) + np.array([0, -reach, reach])
+
+
+def assert_readme_says(*texts):
     readme = " ".join((HERE / "README.md").read_text().split())
+    for text in texts:
+        assert text in readme, text
 
-    @functools.cache
-    def load(folder):
-        return hm.load_results(RESULTS / folder)
 
-    def pairs(folder, dataset, model):
-        """Returns each run of a model and the one of `mixer` that has its seed."""
-        runs = [run for run in load(folder) if run["dataset"] == dataset]
-        base = {run["seed"]: run for run in runs if run["model"] == "mixer"}
-        return [(run, base[run["seed"]]) for run in runs if run["model"] == model]
-
-    def gains(*names):
-        return np.array([run["accuracy"] - mixer["accuracy"] for run, mixer in pairs(*names)])
-
-    def interval(values):
-        """Returns mean, start and end of the 95 % interval of a paired t-test."""
-        # Student's quantile has closed forms for 1 and 2 degrees of freedom.
-        quantiles = {2: math.tan(0.475 * math.pi), 3: 0.95 / math.sqrt(2 * 0.975 * 0.025)}
-        reach = quantiles[len(values)] * np.std(values, ddof=1) / math.sqrt(len(values))
-        return np.mean(values) + np.array([0, -reach, reach])
-
-    data = ("cifar10", "cifar100")
-    ten, hundred = ({m: gains("table1", d, m) for m in hm.MODELS} for d in data)
+def test_readmes_findings_are_those_of_the_results():
+    ten, hundred = ({m: gains("table1", d, m) for m in hm.MODELS} for d in ("cifar10", "cifar100"))
     interleaved = [*interval(ten["interleaved"]), *interval(hundred["interleaved"])]
     (linear,) = gains("cpu", "cifar10", "hybrid_linear")
     linears = [linear, *interval(hundred["hybrid_linear"])]
-    hybrid = [x for gain in (ten, hundred) for x in interval(gain["hybrid"])]
+    hybrid = [*interval(ten["hybrid"]), *interval(hundred["hybrid"])]
     late = [*interval(ten["hybrid_late"] - ten["hybrid"]), *interval(ten["hybrid_late"])]
     (late_hundred,) = hundred["hybrid_late"]
     late += [late_hundred - hundred["hybrid"][0], late_hundred]
-    groups = ([r for r in load("table1") if r["dataset"] == "cifar10"], load("cpu"))
-    gpu, cpu = ({run["model"]: run for run in runs if run["seed"] == 0} for runs in groups)
-    apart_cpu = max(abs(cpu[m]["accuracy"] - gpu[m]["accuracy"]) for m in {*gpu} & {*cpu})
-    _, cells = hm.group_runs([r for r in load("table1") if r["dataset"] == "cifar100"])
-    spread = max(np.ptp([run["accuracy"] for run in runs]) for runs in cells.values())
-    runs = [run for folder in ("table1", "cpu", "published") for run in load(folder)]
-    # A pause counts as part of its epoch, so the median epoch tells more than the sum.
-    hours = [r["epochs"] * r["seconds_per_epoch"] / 3600 for r in runs if hm.is_cpu(r["device"])]
-    seconds = np.concatenate([run["history"]["seconds"] for run in groups[0]])
-    sizes = {m: int(run["parameters"].replace(",", "")) for m, run in gpu.items()}
-    more, fewer = (sizes["interleaved"] - sizes[m] for m in ("mixer", "interleaved_3"))
     every_3rd = ten["interleaved_3"]
     third = [*interval(every_3rd), *interval(every_3rd - ten["interleaved"])]
-    demo = [run["accuracy"] for run in load("demo")]
-    (study,) = pairs("study", "cifar10", "hybrid")
-    loss = [run[key][-1] for key in ("train_loss", "test_loss") for run in study]
-    (published,) = pairs("published", "cifar10", "interleaved")
-    losses = [run["test_loss"][-1] for run in published]
-    authors = json.loads((RESULTS / "published" / "authors.json").read_text())
-    theirs = [authors[f"cifar10/{run['model']}"]["test_accuracy"] for run in published]
-    last = [x for run, curve in zip(published, theirs) for x in (run["accuracy"], curve[-1])]
-    apart = np.abs([run["test_accuracy"] - curve for run, curve in zip(published, theirs)])
-    shapes = [hm.mean_std([run["accuracy"] for run in load("shapes") if run["model"] == model])
-              for model in ("mixer", "hybrid", "interleaved")]  # fmt: skip
-    for text in (
+    assert third[4] < 0 < third[5]  # "not told apart"
+    sizes = {r["model"]: int(r["parameters"].replace(",", "")) for r in load("table1", "cifar10")}
+    assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
+    more, fewer = (sizes["interleaved"] - sizes[m] for m in ("mixer", "interleaved_3"))
+    _, cells = hm.group_runs(load("table1", "cifar100"))
+    spread = max(np.ptp([run["accuracy"] for run in runs]) for runs in cells.values())
+    groups = (load("table1", "cifar10"), load("cpu"))
+    gpu, cpu = ({r["model"]: r["accuracy"] for r in runs if r["seed"] == 0} for runs in groups)
+    assert_readme_says(
         "`interleaved`, {:+.2f} points on CIFAR-10 (95 % interval: {:.2f} to {:.2f}) and {:+.2f} "
         "on CIFAR-100 ({:.2f} to {:.2f})".format(*interleaved),
         "`hybrid_linear` ends near `mixer`, at {:+.2f} on CIFAR-10 (one seed, [on a "
@@ -1446,49 +1439,78 @@ def test_readmes_headline_says_what_the_results_do():
         "ends {:.2f} points above `hybrid` ({:.2f} to {:.2f}) and {:.2f} above "
         "`mixer` ({:.2f} to {:.2f}); on CIFAR-100, with one seed, {:.2f} above `hybrid` but only "
         "{:.2f} above `mixer`, and it overfits there too.".format(*late),
-        f"seed 0 within {apart_cpu:.2f} points of seed 0 on the H100",
         f"seeds of one model differ by up to {spread:.2f} points",
-        f"a run takes {min(hours):.1f} to {max(hours):.1f} hours",
-        f"an epoch took an H100 {np.median(seconds):.1f} seconds (median)",
+        f"seed 0 within {max(abs(cpu[m] - gpu[m]) for m in {*gpu} & {*cpu}):.2f} points of seed 0 "
+        "on the H100",
         "(`hybrid_linear`): {:+.2f} (one seed) and {:+.2f}; the".format(*linears),
         "the code's model: {0:+.2f} and {3:+.2f} |".format(*interleaved),
+        f"{more:,} more than `mixer`, {100 * more / sizes['mixer']:+.1f} %",
         "`interleaved_3`: {:+.2f} on CIFAR-10 ({:.2f} to {:.2f}); not told apart from "
         "`interleaved` ({:+.2f}, {:.2f} to {:.2f}), with {:,} parameters fewer".format(
             *third, fewer
         ),
-        "`mixer` ends at {:.0f} and `hybrid` at {:.0f} % of the test pictures".format(*demo),
-        "a train loss like that of `mixer` ({:.3f} and {:.3f}) and a higher test loss "
-        "({:.3f} and {:.3f})".format(*loss),
-        f"a gain of {last[0] - last[2]:.2f} points ({last[1] - last[3]:.2f})",
-        f"within {apart.max():.2f} points of those that the authors' notebook printed",
-        f"from epoch 15 on within {apart[:, 14:].max():.2f} (",
-        "`interleaved` has {:.2f} % (theirs {}) and `mixer` {:.2f} % ({})".format(*last),
-        "{:.3f} (`interleaved`) and {:.3f} (`mixer`)".format(*losses),
-        "`mixer` reaches {} %, `hybrid` {} % and `interleaved` {} %".format(*shapes),
-        f"{more:,} more than `mixer`, {100 * more / sizes['mixer']:+.1f} %",
-    ):
-        assert text in readme, text
-    assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
-    assert third[4] < 0 < third[5]  # "not told apart"
-    for dataset in data:  # Whose train loss is the lower in the authors' log.
-        names = (f"{dataset}/{model}" for model in ("mixer", "interleaved"))
-        lower = 1 + np.flatnonzero(np.less(*(authors[name]["train_loss"] for name in names)))
-        assert lower.tolist() == [3, 4, 5] and "in epochs 3 to 5, on both data sets" in readme
+    )
     # "with lower train loss and higher test loss", and "it overfits there too"
     overfitted = [("cifar10", "hybrid"), ("cifar100", "hybrid"), ("cifar100", "hybrid_late")]
     for run, mixer in [pair for names in overfitted for pair in pairs("table1", *names)]:
         assert run["train_loss"][-1] < mixer["train_loss"][-1]
         assert run["test_loss"][-1] > mixer["test_loss"][-1]
+
+
+def test_readmes_times_are_those_of_the_results():
+    runs = [run for folder in ("table1", "cpu", "published") for run in load(folder)]
+    # A pause counts as part of its epoch, so the median epoch tells more than the sum.
+    hours = [r["epochs"] * r["seconds_per_epoch"] / 3600 for r in runs if hm.is_cpu(r["device"])]
+    seconds = np.median([run["history"]["seconds"] for run in load("table1", "cifar10")])
+    assert_readme_says(
+        f"a run takes {min(hours):.1f} to {max(hours):.1f} hours",
+        f"an epoch took an H100 {seconds:.1f} seconds (median)",
+    )
+    nine_and_none = pairs("speed", "shapes", "interleaved_1")
+    assert len(nine_and_none) == 3
+    for run, mixer in nine_and_none:  # "a model with nine convolutions trains more slowly"
+        assert run["train_images_per_second"] < mixer["train_images_per_second"]
+
+
+def test_readme_compares_the_authors_curves_with_ours():
+    (runs,) = pairs("published", "cifar10", "interleaved")
+    authors = json.loads((RESULTS / "published" / "authors.json").read_text())
+    curves = [authors[f"cifar10/{run['model']}"]["test_accuracy"] for run in runs]
+    (ours, theirs), (base, their_base) = ((r["accuracy"], c[-1]) for r, c in zip(runs, curves))
+    apart = np.abs([run["test_accuracy"] - curve for run, curve in zip(runs, curves)])
+    losses = [run["test_loss"][-1] for run in runs]
+    assert_readme_says(
+        f"`interleaved` has {ours:.2f} % (theirs {theirs}) and `mixer` {base:.2f} % ({their_base})",
+        f"a gain of {ours - base:.2f} points ({theirs - their_base:.2f})",
+        f"within {apart.max():.2f} points of those that the authors' notebook printed",
+        f"from epoch 15 on within {apart[:, 14:].max():.2f} (",
+        "{:.3f} (`interleaved`) and {:.3f} (`mixer`)".format(*losses),
+        "in epochs 3 to 5, on both data sets",
+    )
+    for dataset in ("cifar10", "cifar100"):  # Whose train loss is the lower in the authors' log.
+        names = (f"{dataset}/{model}" for model in ("mixer", "interleaved"))
+        lower = 1 + np.flatnonzero(np.less(*(authors[name]["train_loss"] for name in names)))
+        assert lower.tolist() == [3, 4, 5]
+
+
+def test_readme_tells_of_the_study_and_the_shapes_what_the_results_do():
+    (study,) = pairs("study", "cifar10", "hybrid")
+    loss = [run[key][-1] for key in ("train_loss", "test_loss") for run in study]
+    shapes = [hm.mean_std([run["accuracy"] for run in load("shapes") if run["model"] == model])
+              for model in ("mixer", "hybrid", "interleaved")]  # fmt: skip
+    demo = [run["accuracy"] for run in load("demo")]
+    assert_readme_says(
+        "a train loss like that of `mixer` ({:.3f} and {:.3f}) and a higher test loss "
+        "({:.3f} and {:.3f})".format(*loss),
+        "`mixer` reaches {} %, `hybrid` {} % and `interleaved` {} %".format(*shapes),
+        "`mixer` ends at {:.0f} and `hybrid` at {:.0f} % of the test pictures".format(*demo),
+    )
     reached = {run["model"]: run["accuracy"] for run in load("study")}
     one_convolution = [model for model in reached if model.startswith("hybrid")]
     assert max(one_convolution, key=reached.get) == "hybrid_late"  # "the best with one convolution"
     assert max(reached, key=reached.get) == "interleaved_3"  # "the best of all"
     stems, lates = (gains("speed", "shapes", model) for model in ("hybrid", "hybrid_late"))
     assert len(stems) == 3 and sum(stems > lates) == 2  # "with two of three seeds"
-    nine_and_none = pairs("speed", "shapes", "interleaved_1")
-    assert len(nine_and_none) == 3
-    for run, mixer in nine_and_none:  # "a model with nine convolutions trains more slowly"
-        assert run["train_images_per_second"] < mixer["train_images_per_second"]
 
 
 def test_readmes_snippets_run(tmp_path):
