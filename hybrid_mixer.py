@@ -9,6 +9,7 @@ convolutions, 3x3 depthwise and then 1x1, mix neighbours before or after its blo
 trains for 30 epochs and writes result, model, plots and table to results/ (see README.md).
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -317,6 +318,16 @@ def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
     return *splits, class_names
 
 
+def import_tensorflow():
+    """Returns TensorFlow; beside another backend it only reads files and leaves GPUs alone."""
+    import tensorflow as tf
+
+    if keras.backend.backend() != "tensorflow":
+        with contextlib.suppress(RuntimeError):  # A user's code has started it already.
+            tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
 def find_folder(name):
     """Returns the path of a folder with splits of pictures in it, or `None` if it's none."""
     folder = pathlib.Path(name).expanduser().resolve()
@@ -331,12 +342,10 @@ def list_pictures(folder, pattern):
 
 def find_builder(name, data_dir, image_size):
     """Returns the `tfds.core.DatasetBuilder` of images and labels; its files are there."""
-    import tensorflow as tf
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import downloader
 
-    if keras.backend.backend() != "tensorflow":
-        tf.config.set_visible_devices([], "GPU")  # It only reads files, so leave the GPU's memory.
+    import_tensorflow()
     told, folder = f"Data set {name!r} can't be had", find_folder(name)
     try:
         builder = tfds.ImageFolder(str(folder)) if folder else tfds.builder(name, data_dir=data_dir)
@@ -354,7 +363,8 @@ def find_builder(name, data_dir, image_size):
     if folder:
         for class_name in kinds[1].names:
             if not list_pictures(folder / "train" / class_name, "*"):
-                raise UserError(f"{folder / 'train' / class_name} has no .jpg or .png: add some.")
+                raise UserError(f"{folder / 'train' / class_name} has no .jpg or .png: add some "
+                                "or delete the folder.")  # fmt: skip
         return builder
     downloader.MAX_RETRIES = 0  # Its ten retries take minutes, and no public option says so.
     config = tfds.download.DownloadConfig(try_download_gcs=False)
@@ -370,8 +380,7 @@ def find_builder(name, data_dir, image_size):
 
 def read_split(builder, split, image_size):
     """Returns a split's images, scaled one by one if a size is given, and labels."""
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     dataset = builder.as_dataset(split, as_supervised=True)
     if image_size:
         dataset = dataset.map(lambda x, label: (scale(x, image_size), label), tf.data.AUTOTUNE)
@@ -387,8 +396,7 @@ def read_split(builder, split, image_size):
 
 def is_picture(path):
     """Tells whether TensorFlow can decode a file as a single picture."""
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     try:
         return tf.io.decode_image(tf.io.read_file(str(path))).shape.rank == 3
     except tf.errors.OpError:
@@ -397,8 +405,7 @@ def is_picture(path):
 
 def scale(images, size):
     """Scales images to `size` pixels a side: averages areas down, interpolates linearly up."""
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     images = tf.image.resize(images, (size, size), antialias=True)
     return tf.saturate_cast(tf.round(images), "uint8")
 
@@ -483,9 +490,11 @@ def add_preprocessing(network, train_images):
     height, width, channels = shape = train_images.shape[1:]
     mean = train_images.mean((0, 1, 2))
     # One image at a time, because all images as floats may not fit in memory.
-    squares = sum(np.square(image, dtype="uint16").sum((0, 1)) for image in train_images)
+    squares = sum(np.square(x, dtype="uint16").sum((0, 1), "uint64") for x in train_images)
     variance = squares / train_images[..., 0].size - mean**2
-    normalize = layers.Normalization(mean=mean, variance=variance, dtype="float32")
+    # As lists, since PyTorch can't put NumPy's float64 on an Apple GPU.
+    moments = {"mean": mean.tolist(), "variance": variance.tolist()}
+    normalize = layers.Normalization(**moments, dtype="float32")
     # Keras draws the probability from a range: only (0.1, 0.1) means one image of ten.
     common = {**CHANNELS_LAST, "dtype": "float32"}
     erase = layers.RandomErasing((0.1, 0.1), (0.02, 0.33), fill_value=0.0, **common)
@@ -557,11 +566,12 @@ def feed(images, labels, batch_size):
         return {"x": images, "y": labels, "batch_size": batch_size}
     import tensorflow as tf
 
-    dataset = tf.data.Dataset.from_tensor_slices((images, labels)).batch(batch_size).prefetch(1)
+    with tf.device("CPU:0"):  # Or all images would also go to a GPU's memory.
+        dataset = tf.data.Dataset.from_tensor_slices((images, labels))
     options = tf.data.Options()
     # Autotuning, which Keras's own feed of arrays has on, can hold up an epoch's end by a minute.
     options.autotune.enabled = False
-    return {"x": dataset.with_options(options)}
+    return {"x": dataset.batch(batch_size).prefetch(1).with_options(options)}
 
 
 def train(settings, data, folder, source=None):
@@ -662,7 +672,7 @@ def list_changes(settings, sign=" "):
 def run_name(settings):
     """Returns what a run's files are called: data set, model, what isn't default, seed."""
     parts = [settings["dataset"], settings["model"], *list_changes(settings)]
-    name = "-".join(parts).replace("/", "_").replace(" ", "_")
+    name = re.sub("[/: ]", "_", "-".join(parts))
     if len(name.encode()) > 200:  # A file's name has at most 255 bytes.
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name.encode()[:180].decode(errors='ignore')}-{digest}"
@@ -936,7 +946,7 @@ def report(folder):
         seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
         common = [text for text in shared if text != part[0]["hardware"]]
         title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common])
-        prefix = dataset.replace("/", "_")
+        prefix = re.sub("[/:]", "_", dataset)
         plot = plot_panels if len(groups) > 6 else plot_curves  # Seven curves are a thicket.
         plot(groups, f"{title}, {' or '.join(seeds)}", folder / f"{prefix}_curves.png")
         files = {name: group[0]["model_file"] for name, group in groups.items()}
@@ -1012,7 +1022,8 @@ def sweep(values, folder):
 def main(argv):
     """Does what the flags say; exits with status 1 and one sentence where the user must act."""
     logging.set_verbosity(logging.WARNING)  # tensorflow-datasets logs every file that it opens.
-    sys.stdout.reconfigure(errors="replace")  # A terminal may not know the sign ±.
+    if hasattr(sys.stdout, "reconfigure"):  # A notebook's output isn't a terminal's,
+        sys.stdout.reconfigure(errors="replace")  # which may not know the sign ±.
     values, machine = flags.FLAGS.flag_values_dict(), describe_machine()
     folder = pathlib.Path(values["output_dir"]).expanduser()
     try:
@@ -1041,5 +1052,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    define_flags()
+    if "epochs" in flags.FLAGS:  # A notebook's second %run of this file.
+        flags.FLAGS.unparse_flags()
+    else:
+        define_flags()
     app.run(main)

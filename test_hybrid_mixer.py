@@ -447,7 +447,19 @@ t.run_small(pathlib.Path(sys.argv[1]))
 
 def test_what_torch_has_trained_is_as_accurate_elsewhere(tmp_path):
     pytest.importorskip("torch")
-    code = "import pathlib, sys, test_hybrid_mixer as t; t.run_small(pathlib.Path(sys.argv[1]))"
+    code = """
+import pathlib, sys, torch
+import test_hybrid_mixer as t
+as_tensor = torch.as_tensor
+
+def as_tensor_on_an_apple_gpu(data, dtype=None, **options):
+    if dtype == torch.float64:
+        raise TypeError("Apple's GPUs know no float64")
+    return as_tensor(data, dtype=dtype, **options)
+
+torch.as_tensor = as_tensor_on_an_apple_gpu
+t.run_small(pathlib.Path(sys.argv[1]))
+"""
     run_python("-c", code, tmp_path, backend="torch")
     (path,) = tmp_path.glob("*.json")
     result = json.loads(path.read_text())
@@ -756,7 +768,7 @@ def test_what_is_wrong_with_a_folder_is_told_by_name(pictures):
         assert f"{broken} can't be read" in told()
     broken.write_bytes(content)
     (pictures / "train" / "green").mkdir()
-    assert f"{pictures / 'train' / 'green'} has no .jpg or .png" in told()
+    assert f"{pictures / 'train' / 'green'} has no .jpg or .png: add some or delete" in told()
     (pictures / "train" / "green").rmdir()
     (pictures / "test").rename(pictures / "Test")
     assert "my pictures" in told() and "--validation_split" in told()
@@ -771,6 +783,17 @@ def test_scaling_averages_down_and_interpolates_up():
     assert small.dtype == "uint8" and np.abs(small[1:-1, 1:-1].astype(int) - 100).max() <= 2
     step = np.array([[[0], [100]], [[0], [100]]], "uint8")
     np.testing.assert_array_equal(np.asarray(hm.scale(step, 4))[..., 0], 4 * [[0, 25, 75, 100]])
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_beside_another_backend_tensorflow_leaves_the_gpu_alone(monkeypatch, started):
+    hide = mock.Mock(side_effect=RuntimeError("TensorFlow has started") if started else None)
+    monkeypatch.setattr("tensorflow.config.set_visible_devices", hide)
+    hm.scale(np.zeros((4, 4, 1), "uint8"), 2)
+    assert not hide.called
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    assert hm.scale(np.zeros((4, 4, 1), "uint8"), 2).shape == (2, 2, 1)
+    hide.assert_called_with([], "GPU")
 
 
 @pytest.mark.parametrize("size, dtype", [(4, "uint8"), (8, "float32"), (8, "int64")])
@@ -1047,6 +1070,26 @@ def test_sweep_writes_results_models_plots_and_table(swept):
         assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
 
 
+def test_a_notebook_can_run_the_script_twice(tmp_path):
+    code = """
+import io, runpy, sys
+
+class Output(io.TextIOBase):  # As a notebook's, it can't be reconfigured.
+    write = len
+
+sys.stdout = Output()
+script, folder, *sizes = sys.argv[1:]
+for more in (["--seed=3"], []):
+    sys.argv = [script, "--dataset=shapes", "--epochs=1", f"--output_dir={folder}", *sizes, *more]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+    run_python("-c", code, SCRIPT, tmp_path, *TINY)
+    assert sorted(path.stem[-5:] for path in tmp_path.glob("*.json")) == ["seed0", "seed3"]
+
+
 def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(
     swept, main, tmp_path, capsys
 ):
@@ -1129,6 +1172,8 @@ def test_names_of_many_settings_fit_a_file_and_stay_apart():
     names = {hm.run_name(settings_with(**many, seed=seed)) for seed in (1, 2)}
     names |= {hm.run_name({**settings_with(**many), "validation_split": x}) for x in (0.1, 0.2)}
     assert len(names) == 4 and max(map(len, names)) < 230
+    name = hm.run_name(settings_with(dataset="imagenet_v2/topimages:3.1.0"))
+    assert name == "imagenet_v2_topimages_3.1.0-mixer-seed0"  # Windows takes no colon.
 
 
 def test_control_c_stops_soon_and_says_how_to_go_on(tmp_path):
