@@ -31,6 +31,7 @@ SCRIPT = HERE / "hybrid_mixer.py"
 RESULTS = HERE / "results"
 SMALL = {"hidden_dim": 16, "num_blocks": 2, "tokens_mlp_dim": 8, "channels_mlp_dim": 16}
 TINY = [f"--{name}={size}" for name, size in SMALL.items()]
+os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # As the script does: it is faster.
 
 
 @pytest.fixture(autouse=True)
@@ -322,6 +323,89 @@ def test_what_cannot_be_built_is_refused(name, value):
         hm.build_model(image_shape=(32, 30, 3))
 
 
+BOTH = pytest.mark.parametrize(
+    "make, shape",
+    [(functools.partial(hm.ConvStem, residual=True), (4, 3, 5, 6)),
+     (functools.partial(hm.MixerBlock, 5, 7), (4, 15, 6))],
+    ids=["ConvStem", "MixerBlock"],
+)  # fmt: skip
+
+
+@BOTH
+def test_weights_have_the_same_paths_whatever_was_built_before(make, shape):
+    first, second = make(name="layer"), make(name="layer")
+    first.build(shape)
+    second.build(shape)
+    if isinstance(first, hm.ConvStem):
+        parts = {"depthwise": ["kernel"], "pointwise": ["kernel"],
+                 "norm": ["gamma", "beta", "moving_mean", "moving_variance"]}  # fmt: skip
+    else:
+        dense = ["kernel", "bias"]
+        sides = {"norm": ["gamma", "beta"], "hidden": dense, "output": dense}
+        parts = {f"{mlp}_{side}": n for mlp in ("token", "channel") for side, n in sides.items()}
+    expected = [f"layer/{part}/{name}" for part, names in parts.items() for name in names]
+    for layer in (first, second):
+        assert [weight.path for weight in layer.weights] == expected
+
+
+@BOTH
+def test_a_list_of_inputs_is_refused(make, shape):
+    with pytest.raises(ValueError, match="Received: input_shape="):
+        make()([np.zeros(shape, "float32")] * len(shape))
+
+
+@BOTH
+def test_whole_numbers_and_other_precisions_are_cast(make, shape):
+    layer = make(dtype="mixed_float16")
+    layer.build(shape)
+    numbers = np.random.default_rng(0).integers(-3, 4, shape)
+    expected = to_numpy(layer(numbers.astype("float16")))
+    assert expected.dtype == "float16" and expected.std() > 0.1
+    np.testing.assert_array_equal(layer(numbers), expected)
+    variables = layer.trainable_variables, layer.non_trainable_variables
+    outputs, _ = layer.stateless_call(*variables, numbers.astype("float32"))
+    np.testing.assert_array_equal(outputs, expected)
+
+
+@pytest.mark.parametrize("frozen", ["as an argument", "before it is built", "and loaded"])
+def test_a_frozen_stem_uses_the_statistics_that_it_has_learned(frozen, tmp_path):
+    stem = hm.ConvStem(trainable=frozen != "as an argument", name="stem")
+    if frozen == "before it is built":
+        stem.trainable = False
+    inputs = keras.Input((5, 7, 4))
+    model = keras.Model(inputs, stem(inputs))
+    if frozen == "and loaded":
+        stem.trainable = False
+        model.save(tmp_path / "model.keras")
+        model = keras.saving.load_model(tmp_path / "model.keras")
+    x = np.random.default_rng(0).normal(2, 3, (8, 5, 7, 4)).astype("float32")
+    expected = to_numpy(model(x))
+    np.testing.assert_array_equal(model(x, training=True), expected)
+    model.get_layer("stem").trainable = True
+    assert np.abs(to_numpy(model(x, training=True)) - expected).max() > 0.1
+
+
+def test_a_block_without_dropout_can_be_computed_anew_on_jax():
+    pytest.importorskip("jax")
+    code = """
+import keras, numpy as np, hybrid_mixer as hm
+inputs = keras.Input((5, 3))
+with keras.RematScope("full"):
+    model = keras.Model(inputs, hm.MixerBlock(4, 4)(inputs))
+model.compile("sgd", "mse")
+x = np.ones((8, 5, 3))
+assert model.fit(x, x, verbose=0).history["loss"][0] > 0
+"""
+    run_python("-c", code, backend="jax")
+
+
+def test_a_blocks_rate_of_dropout_is_fixed_as_that_of_attention_is():
+    block = hm.MixerBlock(4, 4, dropout=0.5)
+    with pytest.raises(AttributeError):
+        block.dropout = 0.0
+    assert block.get_config()["dropout"] == block.dropout == 0.5
+
+
 @pytest.mark.parametrize("mlp", ["token", "channel"])
 def test_an_mlp_drops_after_each_of_its_dense_layers(mlp):
     block = hm.MixerBlock(30, 30, dropout=0.5)
@@ -482,12 +566,12 @@ def test_saved_model_loads_in_a_fresh_process_and_takes_pixels(tmp_path, backend
     np.testing.assert_allclose(trainer.predict(images, verbose=0), expected, atol=1e-3)
     assert np.abs(np.asarray(trainer(images, training=True)) - expected).max() > 1e-2
     np.save(tmp_path / "images.npy", images)
-    code = (  # Importing the script sets what TensorFlow reads, but defines and prints nothing.
-        "import os, sys; os.environ.pop('TF_CPU_ALLOCATOR_USE_BFC', None); import hybrid_mixer;"
-        "assert os.environ['TF_CPU_ALLOCATOR_USE_BFC'] == 'true';"
+    code = (  # Importing the script sets, defines and prints nothing.
+        "import os, sys, keras; os.environ.pop('TF_CPU_ALLOCATOR_USE_BFC');"
+        "before = {**os.environ}; import hybrid_mixer; assert before == os.environ;"
         "assert 'tensorflow_datasets' not in sys.modules;"
         "from absl import flags; assert 'epochs' not in flags.FLAGS;"
-        "import numpy as np, keras; folder = sys.argv[1];"
+        "import numpy as np; folder = sys.argv[1];"
         "model = keras.saving.load_model(folder + '/model.keras', safe_mode=True);"
         "logits = model.predict(np.load(folder + '/images.npy'), verbose=0);"
         "np.save(folder + '/logits.npy', logits)"
