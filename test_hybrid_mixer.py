@@ -1549,8 +1549,10 @@ def test_readmes_findings_are_those_of_the_results():
     (late_hundred,) = hundred["hybrid_late"]
     late += [late_hundred - hundred["hybrid"][0], late_hundred]
     every_3rd = ten["interleaved_3"]
-    third = [*interval(every_3rd), *interval(every_3rd - ten["interleaved"])]
-    assert third[4] < 0 < third[5]  # "not told apart"
+    third = [*interval(every_3rd), *hundred["interleaved_3"]]
+    third += [*interval(every_3rd - ten["interleaved"])]
+    third += [*(hundred["interleaved_3"] - hundred["interleaved"][0])]
+    assert third[5] < 0 < third[6]  # "not told apart"
     sizes = {r["model"]: int(r["parameters"].replace(",", "")) for r in load("table1", "cifar10")}
     assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
     more, fewer = (sizes["interleaved"] - sizes[m] for m in ("mixer", "interleaved_3"))
@@ -1574,10 +1576,9 @@ def test_readmes_findings_are_those_of_the_results():
         "(`hybrid_linear`): {:+.2f} (one seed) and {:+.2f}; the".format(*linears),
         "the code's model: {0:+.2f} and {3:+.2f} |".format(*interleaved),
         f"{more:,} more than `mixer`, {100 * more / sizes['mixer']:+.1f} %",
-        "`interleaved_3`: {:+.2f} on CIFAR-10 ({:.2f} to {:.2f}); not told apart from "
-        "`interleaved` ({:+.2f}, {:.2f} to {:.2f}), with {:,} parameters fewer".format(
-            *third, fewer
-        ),
+        "`interleaved_3`: {:+.2f} on CIFAR-10 ({:.2f} to {:.2f}) and {:+.2f} on CIFAR-100 (one "
+        "seed); not told apart from `interleaved` ({:+.2f}, {:.2f} to {:.2f}; {:+.2f}), with {:,} "
+        "parameters fewer".format(*third, fewer),
     )
     # "with lower train loss and higher test loss", and "it overfits there too"
     overfitted = [("cifar10", "hybrid"), ("cifar100", "hybrid"), ("cifar100", "hybrid_late")]
