@@ -87,9 +87,10 @@ class ConvStem(layers.Layer):
         self.depthwise.build(input_shape)
         self.pointwise.build(input_shape)
         if not self.linear:
-            norm = {"momentum": 0.9, "epsilon": 1e-5, "dtype": policy, "name": "norm"}
             # A frozen stem has to freeze its batch norm too, also when it is loaded.
-            self.norm = layers.BatchNormalization(**norm, trainable=self.trainable)
+            self.norm = layers.BatchNormalization(
+                momentum=0.9, epsilon=1e-5, trainable=self.trainable, dtype=policy, name="norm"
+            )
             self.norm.build(input_shape)
 
     def call(self, inputs, training=None):
@@ -172,13 +173,12 @@ class MixerBlock(layers.Layer):
             layer.build((None, None, fan_in))
             return layer
 
-        across_tokens, across_channels = self.tokens_mlp_dim, self.channels_mlp_dim
         self.token_norm = norm("token_norm")
-        self.token_hidden = dense("token_hidden", tokens, across_tokens, "gelu")  # The exact one.
-        self.token_output = dense("token_output", across_tokens, tokens)
+        self.token_hidden = dense("token_hidden", tokens, self.tokens_mlp_dim, "gelu")  # Exact.
+        self.token_output = dense("token_output", self.tokens_mlp_dim, tokens)
         self.channel_norm = norm("channel_norm")
-        self.channel_hidden = dense("channel_hidden", channels, across_channels, "gelu")
-        self.channel_output = dense("channel_output", across_channels, channels)
+        self.channel_hidden = dense("channel_hidden", channels, self.channels_mlp_dim, "gelu")
+        self.channel_output = dense("channel_output", self.channels_mlp_dim, channels)
 
     def call(self, inputs, training=None):
         inputs = ops.cast(inputs, self.compute_dtype)
@@ -732,7 +732,8 @@ def describe_machine():
         kind = ops.zeros(1).device.type  # Keras picks it: cpu, cuda, mps (an Apple GPU) or xpu.
         name = library.cuda.get_device_name() if kind == "cuda" else kind
     elif backend == "jax":
-        kind, name = library.devices()[0].platform, library.devices()[0].device_kind
+        first = library.devices()[0]
+        kind, name = first.platform, first.device_kind
     else:
         gpus = library.config.get_visible_devices("GPU")
         details = library.config.experimental.get_device_details(gpus[0]) if gpus else {}
