@@ -1618,30 +1618,35 @@ def test_readmes_times_are_those_of_the_results():
 
 def test_readme_compares_the_authors_curves_with_ours():
     authors = json.loads((RESULTS / "published" / "authors.json").read_text())
-    both = []
-    for dataset in ("cifar10", "cifar100"):
+    both, losses = [], []
+    texts = {"cifar10": ("those that the authors' notebook printed", " (["),
+             "cifar100": ("the notebook's", ".")}  # fmt: skip
+    for dataset, (printed, end) in texts.items():
         (pair,) = pairs("published", dataset, "interleaved")
-        curves = [authors[f"{dataset}/{run['model']}"]["test_accuracy"] for run in pair]
+        logs = [authors[f"{dataset}/{run['model']}"] for run in pair]
         ours, base = (run["accuracy"] for run in pair)
-        theirs, their_base = (curve[-1] for curve in curves)
-        apart = np.abs([run["test_accuracy"] - curve for run, curve in zip(pair, curves)])
-        both += [ours - base, theirs - their_base]
+        theirs, their_base = (log["test_accuracy"][-1] for log in logs)
+        gain, their_gain = ours - base, theirs - their_base
+        both += [gain, their_gain]
+        losses += [run["test_loss"][-1] for run in pair]
+        curves = ([r["test_accuracy"] for r in runs] for runs in (pair, logs))
+        apart = np.abs(np.subtract(*curves))
         assert_readme_says(
             f"`interleaved` has {ours:.2f} % (theirs {theirs}) and `mixer` {base:.2f} % "
-            f"({their_base}), a gain of {both[-2]:.2f} points ({both[-1]:.2f}). Accuracies are "
-            f"within {apart.max():.2f} points of th",
-            f"from epoch 15 on within {apart[:, 14:].max():.2f}",
+            f"({their_base}), a gain of {gain:.2f} points ({their_gain:.2f}). Accuracies are "
+            f"within {apart.max():.2f} points of {printed}, from epoch 15 on within "
+            f"{apart[:, 14:].max():.2f}{end}",
         )
-    losses = [run["test_loss"][-1] for run in pairs("published", "cifar10", "interleaved")[0]]
+        # In which epochs `mixer` has the lower train loss in the authors' log.
+        interleaved, mixer = (log["train_loss"] for log in logs)
+        assert (1 + np.flatnonzero(np.less(mixer, interleaved))).tolist() == [3, 4, 5]
     assert_readme_says(
-        "{:+.2f} on CIFAR-10 (theirs {:+.2f}) and {:+.2f} on CIFAR-100 ({:+.2f}).".format(*both),
-        "{:.3f} (`interleaved`) and {:.3f} (`mixer`)".format(*losses),
+        "it is {:+.2f} on CIFAR-10 (theirs {:+.2f}) and {:+.2f} on CIFAR-100 ({:+.2f}).".format(
+            *both
+        ),
+        "{:.3f} (`interleaved`) and {:.3f} (`mixer`)".format(*losses[:2]),
         "in epochs 3 to 5, on both data sets",
     )
-    for dataset in ("cifar10", "cifar100"):  # Whose train loss is the lower in the authors' log.
-        names = (f"{dataset}/{model}" for model in ("mixer", "interleaved"))
-        lower = 1 + np.flatnonzero(np.less(*(authors[name]["train_loss"] for name in names)))
-        assert lower.tolist() == [3, 4, 5]
 
 
 def test_readme_tells_of_the_study_and_the_shapes_what_the_results_do():
