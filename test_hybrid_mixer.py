@@ -1,8 +1,10 @@
 """Tests of hybrid_mixer.py against NumPy, closed forms and the paper's own counts."""
 
 import ast
+import colorsys
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -591,8 +593,8 @@ def augmentation(shape, kind):
 
 
 def test_shift_is_up_to_four_whole_pixels_each_image_by_itself():
-    layer = augmentation((32, 32, 3), keras.layers.RandomTranslation)
-    x = np.zeros((9000, 32, 32, 3), "float32")
+    layer = augmentation((32, 48, 3), keras.layers.RandomTranslation)
+    x = np.zeros((9000, 32, 48, 3), "float32")
     x[:, 10, 20] = 255
     shifted = np.asarray(layer(x, training=True))
     images, rows, columns, _ = np.nonzero(shifted)
@@ -602,7 +604,7 @@ def test_shift_is_up_to_four_whole_pixels_each_image_by_itself():
         assert values.tolist() == list(range(-4, 5))
         assert counts.min() > 850 and counts.max() < 1150
     assert abs(np.corrcoef(rows, columns)[0, 1]) < 0.05
-    assert not np.asarray(layer(np.full((50, 32, 32, 3), 9.0), training=True)).all()
+    assert not np.asarray(layer(np.full((50, 32, 48, 3), 9.0), training=True)).all()
 
 
 def test_rotation_is_up_to_fifteen_degrees():
@@ -648,6 +650,23 @@ def test_colour_jitter_scales_by_a_tenth_and_turns_the_hue_by_a_fiftieth():
     np.testing.assert_array_equal(hm.ColorJitter()(red, training=False), red)
 
 
+def test_colour_jitter_equals_its_four_steps_pixel_by_pixel(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (8, 5, 6, 3)).astype("float32")
+    factors = np.array([*itertools.product((0.9, 1.1), repeat=3)]).T  # Some pixels are clipped.
+    turns = np.linspace(-0.02, 0.02, 8)
+    drawn = iter([factors.reshape(3, 8, 1, 1, 1), turns.reshape(8, 1, 1, 1)])
+    monkeypatch.setattr(keras.random, "uniform", lambda *_, **__: next(drawn).astype("float32"))
+    seen, luma = to_numpy(hm.ColorJitter()(images, training=True)), [0.299, 0.587, 0.114]
+    for x, y, (brightness, contrast, saturation), turn in zip(images, seen, factors.T, turns):
+        x = np.clip(brightness * x, 0, 255)
+        x = np.clip((x @ luma).mean() * (1 - contrast) + contrast * x, 0, 255)
+        x = np.clip((x @ luma)[..., None] * (1 - saturation) + saturation * x, 0, 255)
+        for pixel, jittered in zip(x.reshape(-1, 3) / 255, y.reshape(-1, 3) / 255):
+            hue, *rest = colorsys.rgb_to_hsv(*pixel)
+            expected = colorsys.hsv_to_rgb((hue + turn) % 1, *rest)
+            np.testing.assert_allclose(jittered, expected, atol=2e-5)
+
+
 def test_erasing_takes_a_box_from_one_image_in_ten():
     layer = augmentation((32, 32, 3), keras.layers.RandomErasing)
     y = np.asarray(layer(np.ones((10000, 32, 32, 3), "float32"), training=True))
@@ -661,6 +680,18 @@ def test_erasing_takes_a_box_from_one_image_in_ten():
     height, width = erased[which].any(2).sum(1), erased[which].any(1).sum(1)
     assert 2 < (height / width).max() < 5.5 and 2 < (width / height).max() < 5.5
     assert np.isin(y, (0, 1)).all()
+
+
+def test_boxes_have_the_mean_colour_but_what_shift_and_turn_uncover_is_black():
+    images = np.random.default_rng(0).integers(50, 206, (99, 16, 16, 3)).astype("uint8")
+    network = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.Reshape((16, 16, 3))])
+    trainer, _ = hm.add_preprocessing(network, images)
+    white = np.full((1000, 16, 16, 3), 255, "uint8")
+    seen = to_numpy(trainer(white, training=True))
+    boxes = (seen == 0).all(-1).any((1, 2))  # Normalised, the mean is zero.
+    assert 0.06 < boxes.mean() < 0.14
+    black = -images.mean((0, 1, 2)) / images.std((0, 1, 2))
+    np.testing.assert_allclose(seen.min((0, 1, 2)), black, rtol=1e-4)
 
 
 def test_shapes_are_the_same_each_time_balanced_and_of_the_promised_form():
@@ -719,7 +750,7 @@ class Tiles(tfds.core.GeneratorBasedBuilder):
     """Dark and bright tiles."""
 
     VERSION = tfds.core.Version("1.0.0")
-    shape, dtype, counts = (8, 12, 1), np.uint8, {"train": 60, "test": 20}
+    shape, dtype, counts = (8, 12, 1), np.uint8, {"train": 60, "validation": 9, "test": 20}
 
     def _info(self):
         names = {"image": tfds.features.Image(shape=self.shape, dtype=self.dtype)}
@@ -771,14 +802,14 @@ def test_other_data_sets_of_tfds_load_and_train_also_grey_ones(precision, tmp_pa
 
 @pytest.mark.parametrize("name", ["tiles", "tiles_without_test", "shapes"])
 def test_a_last_share_of_train_can_be_held_out_from_any_data_set(name, tmp_path):
-    sizes = {"image_size": 5, "validation_split": 0.1}
+    sizes = {"image_size": 5, "validation_split": 0.09}  # Of 60 images 5.4: that makes 6.
     (x, y), (x_test, y_test), _ = hm.load_data(name, str(tmp_path), **sizes)
     if name != "shapes":  # Scaled, tiles stay as dark or bright as they are.
         assert x.shape == (54, 5, 5, 1) and x_test.shape == (6, 5, 5, 1)
         for images, labels in ((x, y), (x_test, y_test)):
             np.testing.assert_array_equal(images[:, 2, 2, 0], 40 + 170 * labels)
     else:
-        assert x.shape == (4500, 5, 5, 3) and x_test.shape == (500, 5, 5, 3)
+        assert x.shape == (4550, 5, 5, 3) and x_test.shape == (450, 5, 5, 3)
         np.testing.assert_array_equal(np.concatenate([y, y_test]), hm.draw_shapes()[0][1])
 
 
@@ -854,7 +885,10 @@ def test_what_is_wrong_with_a_folder_is_told_by_name(pictures):
     (pictures / "train" / "green").mkdir()
     assert f"{pictures / 'train' / 'green'} has no .jpg or .png: add some or delete" in told()
     (pictures / "train" / "green").rmdir()
-    (pictures / "test").rename(pictures / "Test")
+    (pictures / "test").rename(pictures / "validation")
+    hm.load_data.cache_clear()
+    assert len(hm.load_data(str(pictures), None, 8)[1][0]) == 16
+    (pictures / "validation").rename(pictures / "Test")
     assert "my pictures" in told() and "--validation_split" in told()
     assert len(hm.load_data(str(pictures), None, 8, 0.25)[1][0]) == 12
     (pictures / "train").rename(pictures / "Train")
@@ -862,11 +896,13 @@ def test_what_is_wrong_with_a_folder_is_told_by_name(pictures):
 
 
 def test_scaling_averages_down_and_interpolates_up():
-    board = 200 * (np.indices((64, 64)).sum(0) % 2)[..., None].astype("uint8")
-    small = np.asarray(hm.scale(board, 8))
-    assert small.dtype == "uint8" and np.abs(small[1:-1, 1:-1].astype(int) - 100).max() <= 2
-    step = np.array([[[0], [100]], [[0], [100]]], "uint8")
-    np.testing.assert_array_equal(np.asarray(hm.scale(step, 4))[..., 0], 4 * [[0, 25, 75, 100]])
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 1)).astype("uint8")
+    small = np.asarray(hm.scale(noise, 64))
+    assert small.dtype == "uint8" and small.mean() == pytest.approx(noise.mean(), abs=0.5)
+    # Weights that fall evenly to zero over 8 pixels have squares of 1/12 in sum, in each direction.
+    assert small.std() == pytest.approx(noise.std() / 12, rel=0.1)
+    step = np.array([[[0], [99]], [[0], [99]]], "uint8")  # 24.75 and 74.25 are rounded.
+    np.testing.assert_array_equal(np.asarray(hm.scale(step, 4))[..., 0], 4 * [[0, 25, 74, 99]])
 
 
 @pytest.mark.parametrize("started", [False, True])
@@ -905,16 +941,20 @@ def test_learning_rate_follows_its_closed_form(schedule, half_period):
         np.testing.assert_allclose(optimizer.learning_rate, expected, atol=1e-8)
 
 
-def test_weight_decay_acts_on_every_weight():
+@pytest.mark.parametrize("gradient", [0.0, 1e-7])
+def test_a_step_of_adamw_decays_every_weight(gradient):
     settings = settings_with(model="interleaved", learning_rate=0.1, weight_decay=0.5, **SMALL)
     images = np.zeros((24, 8, 8, 3), "uint8")
     network, trainer, _ = hm.make_models(settings, images, 4)
     random_weights(network)
     weights = network.trainable_weights
     before = [np.asarray(weight) for weight in weights]
-    trainer.optimizer.apply([np.zeros(weight.shape, "float32") for weight in weights])
+    trainer.optimizer.apply([np.full(weight.shape, gradient, "float32") for weight in weights])
+    scaled = math.sqrt(0.001) * gradient  # At the first step, of the second moment's average.
+    step = 0.1 * scaled / (scaled + 1e-8)
     for weight, old in zip(weights, before):
-        np.testing.assert_allclose(np.asarray(weight), old * 0.95, 1e-5, err_msg=weight.path)
+        expected = old * 0.95 - step
+        np.testing.assert_allclose(np.asarray(weight), expected, 1e-5, 1e-6, err_msg=weight.path)
 
 
 def run_small(folder, **changes):
@@ -926,12 +966,16 @@ def run_small(folder, **changes):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that nothing has stopped, what `fit` and what `evaluate` were given."""
+    """The folder of a run that nothing has stopped, what `fit` and what `evaluate` were given.
+
+    With the arguments of `fit` come the states of all generators of random numbers.
+    """
     folder, calls, fit = tmp_path_factory.mktemp("whole"), [], keras.Model.fit
     tests, evaluate = [], keras.Model.evaluate
 
     def spy(self, x, **options):
-        calls.append((x, options))
+        states = [v for v in self.non_trainable_variables if v.name == "seed_generator_state"]
+        calls.append((x, options, np.array([to_numpy(state) for state in states])))
         return fit(self, x, **options)
 
     def spy_on_test(self, x, **options):
@@ -947,12 +991,19 @@ def whole(tmp_path_factory):
 
 def test_each_epoch_is_one_fit_over_all_images_in_an_order_of_its_own(whole):
     ((x, y), test, _), (_, calls, tests) = hm.draw_shapes(200, 40), whole
-    assert [options["initial_epoch"] for _, options in calls] == [0, 1, 2, 3]
-    for i, (dataset, options) in enumerate(calls):
+    assert [options["initial_epoch"] for _, options, _ in calls] == [0, 1, 2, 3]
+    for i, (dataset, options, _) in enumerate(calls):
         order = np.random.default_rng([3, i]).permutation(200)
         assert check_batches(dataset, x[order], y[order]) == [64, 64, 64, 8]
         assert options["shuffle"] is False and options["epochs"] == 4
     assert [check_batches(dataset, *test) for dataset in tests] == [[40]] * 4
+
+
+def test_chance_starts_anew_each_epoch_from_seed_and_epoch_alone(whole):
+    states = [state for _, _, state in whole[1]]
+    for i, state in enumerate(states):  # Five layers of augmentation and two blocks' dropout.
+        expected = np.random.default_rng([3, i, 1]).integers(2**32, size=(7, 2), dtype="uint32")
+        np.testing.assert_array_equal(state, expected)
 
 
 def check_batches(dataset, images, labels):
@@ -966,7 +1017,7 @@ def check_batches(dataset, images, labels):
 
 def test_keras_never_waits_for_a_step(whole):
     """It does where a callback has a hook for batches."""
-    for _, options in whole[1]:
+    for _, options, _ in whole[1]:
         for callback in options["callbacks"]:
             for hook in ("on_train_batch_begin", "on_train_batch_end", "on_test_batch_end"):
                 own = getattr(callback, hook)
@@ -1000,6 +1051,20 @@ def test_a_result_says_what_was_reached(whole):
     logits -= np.log(np.exp(logits).sum(1, keepdims=True))
     loss = -logits[np.arange(40), labels].mean()
     assert loss == pytest.approx(history["test_loss"][-1], rel=1e-4)
+
+
+def test_predictions_are_timed_by_their_median_after_two_to_warm_up(monkeypatch):
+    now, milliseconds, shapes = [0.0], iter([9, 9, *range(1, 21)]), []
+
+    class Model:
+        def predict_on_batch(self, images):
+            shapes.append(images.shape)
+            now[0] += next(milliseconds) / 1000
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    image = np.zeros((1, 4, 6, 3), "uint8")
+    assert hm.time_prediction(Model(), image, 128) == pytest.approx(10.5)
+    assert shapes == [(128, 4, 6, 3)] * 22
 
 
 def test_a_run_stopped_at_any_file_goes_on_as_if_nothing_had_stopped_it(whole, tmp_path):
@@ -1109,6 +1174,8 @@ def test_mixed_precision_trains_and_resumes(tmp_path):
         result = run_small(tmp_path / folder, **settings)
         assert result["history"]["train_loss"][0] < 2.6
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert keras.config.dtype_policy().name == "mixed_float16"
+    assert hm.build_model(**SMALL).output.dtype == "float32"  # Or large logits would overflow.
 
 
 @pytest.mark.parametrize("backend, place, details, device", [
@@ -1409,6 +1476,9 @@ def test_more_than_six_groups_are_drawn_in_panels_that_show_the_last_mean(tmp_pa
         assert axis.get_title() == f"{models[i]}: {61 + i}.0"
         assert [line.get_ydata()[-1] for line in axis.lines] == pytest.approx([61, 61 + i])
         assert {line.get_linestyle() for line in axis.lines} == {"-"}
+        x, y = axis.collections[-1].get_paths()[0].vertices.T  # Of 60 and 62 the band is √2 wide.
+        ends = y[x == x.max()] - (61 + i)
+        assert [min(ends), max(ends)] == pytest.approx([-math.sqrt(2), math.sqrt(2)])
 
 
 @pytest.mark.parametrize(
