@@ -1221,6 +1221,17 @@ def test_sweep_writes_results_models_plots_and_table(swept):
         assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("device, warned", [("NVIDIA T4", False), ("i486, 2 CPU cores", True)])
+def test_who_has_a_gpu_is_not_told_to_get_one(device, warned, main, monkeypatch, capsys):
+    machine = {"device": device, "keras": "3.15", "backend": "tensorflow 2.21"}
+    for name, made in (("describe_machine", machine), ("sweep", None), ("report", "a table")):
+        monkeypatch.setattr(hm, name, mock.Mock(return_value=made))
+    main()
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{device}, Keras 3.15 on tensorflow 2.21\n")
+    assert ("NO GPU FOUND" in printed) == warned and printed.endswith("a table\n")
+
+
 def test_a_notebook_can_run_the_script_twice(tmp_path):
     code = """
 import io, runpy, sys
@@ -1322,9 +1333,11 @@ def test_a_folder_of_results_may_start_with_a_tilde(main, tmp_path, monkeypatch)
 
 def test_names_of_many_settings_fit_a_file_and_stay_apart():
     many = {k: v[0] * 3 + 1 for k, v in hm.SETTINGS.items() if not isinstance(v[0], str)}
+    many |= {"dataset": "Bäume im Wald " * 9}
     names = {hm.run_name(settings_with(**many, seed=seed)) for seed in (1, 2)}
     names |= {hm.run_name({**settings_with(**many), "validation_split": x}) for x in (0.1, 0.2)}
-    assert len(names) == 4 and max(map(len, names)) < 230
+    assert len(names) == 4
+    assert max(len(f".partial-{name}.keras".encode()) for name in names) <= 255
     name = hm.run_name(settings_with(dataset="imagenet_v2/topimages:3.1.0"))
     assert name == "imagenet_v2_topimages_3.1.0-mixer-seed0"  # Windows takes no colon.
 
@@ -1458,14 +1471,38 @@ def test_hardware_is_never_mixed_in_a_row_except_cpus_of_several_makes(tmp_path)
     assert f"| mixer, CPU, beads | {text} | 1,234,567 | 70.00 ± 2.83 (n = 2)" in table
 
 
-def test_more_than_six_groups_are_drawn_in_panels_that_show_the_last_mean(tmp_path, monkeypatch):
-    figures, make_figure = [], hm.make_figure
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a test makes."""
+    made, make_figure = [], hm.make_figure
 
     def spy(*size):
-        figures.append(make_figure(*size))
-        return figures[-1]
+        made.append(make_figure(*size))
+        return made[-1]
 
     monkeypatch.setattr(hm, "make_figure", spy)
+    return made
+
+
+def test_curves_are_means_that_can_be_told_apart(figures, tmp_path):
+    for model in ("mixer", "hybrid", "hybrid_late"):
+        for seed, accuracy in enumerate((0.60, 0.62, 0.88)):
+            fake_run(tmp_path, model, seed, accuracy)
+    hm.report(tmp_path)
+    loss, accuracy = figures[-1].axes
+    mixer, hybrid, late = accuracy.lines
+    assert [line.get_ydata()[-1] for line in accuracy.lines] == pytest.approx([70] * 3)
+    assert hybrid.get_color() == late.get_color() != mixer.get_color()
+    assert hybrid.get_linestyle() != late.get_linestyle()
+    assert [text.get_text() for text in accuracy.texts] == [" 70.0"] * 3
+    places = sorted(text.get_position()[1] for text in accuracy.texts)
+    assert min(np.diff(places)) > np.ptp(accuracy.get_ylim()) / 30
+    for i, line in enumerate(loss.lines):  # Train loss, pale, then test loss of each model.
+        assert line.get_ydata()[-1] == pytest.approx((1, 1.1)[i % 2])
+        assert line.get_alpha() == (0.4, 1)[i % 2]
+
+
+def test_more_than_six_groups_are_drawn_in_panels_that_show_the_last_mean(figures, tmp_path):
     models = [*hm.MODELS][:7]
     for i, model in enumerate(models):
         fake_run(tmp_path, model, 0, 0.60 + i / 100)
