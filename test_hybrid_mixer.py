@@ -886,7 +886,6 @@ def test_what_is_wrong_with_a_folder_is_told_by_name(pictures):
     assert f"{pictures / 'train' / 'green'} has no .jpg or .png: add some or delete" in told()
     (pictures / "train" / "green").rmdir()
     (pictures / "test").rename(pictures / "validation")
-    hm.load_data.cache_clear()
     assert len(hm.load_data(str(pictures), None, 8)[1][0]) == 16
     (pictures / "validation").rename(pictures / "Test")
     assert "my pictures" in told() and "--validation_split" in told()
@@ -1000,10 +999,10 @@ def test_each_epoch_is_one_fit_over_all_images_in_an_order_of_its_own(whole):
 
 
 def test_chance_starts_anew_each_epoch_from_seed_and_epoch_alone(whole):
-    states = [state for _, _, state in whole[1]]
-    for i, state in enumerate(states):  # Five layers of augmentation and two blocks' dropout.
+    for i, (_, _, states) in enumerate(whole[1]):
+        # Five layers of augmentation and two blocks' dropout have one each.
         expected = np.random.default_rng([3, i, 1]).integers(2**32, size=(7, 2), dtype="uint32")
-        np.testing.assert_array_equal(state, expected)
+        np.testing.assert_array_equal(states, expected)
 
 
 def check_batches(dataset, images, labels):
@@ -1333,7 +1332,7 @@ def test_a_folder_of_results_may_start_with_a_tilde(main, tmp_path, monkeypatch)
 
 def test_names_of_many_settings_fit_a_file_and_stay_apart():
     many = {k: v[0] * 3 + 1 for k, v in hm.SETTINGS.items() if not isinstance(v[0], str)}
-    many |= {"dataset": "Bäume im Wald " * 9}
+    many["dataset"] = "Bäume im Wald " * 9
     names = {hm.run_name(settings_with(**many, seed=seed)) for seed in (1, 2)}
     names |= {hm.run_name({**settings_with(**many), "validation_split": x}) for x in (0.1, 0.2)}
     assert len(names) == 4
@@ -1513,7 +1512,7 @@ def test_more_than_six_groups_are_drawn_in_panels_that_show_the_last_mean(figure
         assert axis.get_title() == f"{models[i]}: {61 + i}.0"
         assert [line.get_ydata()[-1] for line in axis.lines] == pytest.approx([61, 61 + i])
         assert {line.get_linestyle() for line in axis.lines} == {"-"}
-        x, y = axis.collections[-1].get_paths()[0].vertices.T  # Of 60 and 62 the band is √2 wide.
+        x, y = axis.collections[-1].get_paths()[0].vertices.T  # 60 and 62 deviate by √2.
         ends = y[x == x.max()] - (61 + i)
         assert [min(ends), max(ends)] == pytest.approx([-math.sqrt(2), math.sqrt(2)])
 
@@ -1528,14 +1527,13 @@ def test_only_what_the_paper_has_run_stands_beside_its_accuracy(name, value, pap
     assert f"| 70.00 (n = 1){paper} |" in hm.report(tmp_path)
 
 
-def test_titles_say_what_curves_share_but_not_the_hardware(tmp_path, monkeypatch):
-    titles = []
-    monkeypatch.setattr(hm, "plot_curves", lambda groups, title, path: titles.append(title))
+def test_titles_say_what_curves_share_but_not_the_hardware(figures, tmp_path):
     fake_run(tmp_path, "mixer", 0, 0.70, epochs=2)
     path, run = fake_run(tmp_path, "mixer", 1, 0.80)
     run["settings"]["dataset"] = "cifar100"
     path.write_text(json.dumps({**run, "device": "slide rule"}))
     hm.report(tmp_path)
+    titles = [figure.get_suptitle() for figure in figures]
     assert titles == ["CIFAR-10, 2 epochs, 1 seed", "CIFAR-100, 30 epochs, 1 seed"]
 
 
