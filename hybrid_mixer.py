@@ -6,7 +6,8 @@ convolutions, 3x3 depthwise and then 1x1, mix neighbours before or after its blo
 
     python hybrid_mixer.py --dataset cifar100 --model hybrid
 
-trains for 30 epochs and writes result, model, plots and table to results/ (see README.md).
+trains for 30 epochs and writes result, model, plots and table to results/ (see README.md). What
+the authors' code trained is `--model interleaved`, and `hybrid` its first convolution alone.
 """
 
 import contextlib
@@ -55,7 +56,8 @@ class ConvStem(layers.Layer):
         inputs: grid of patches, a float tensor.
         training: bool, whether batch norm uses the batch's own mean and variance.
 
-    Input shape: `(batch, height, width, channels)`; channels are fixed when the layer is built.
+    Input shape: `(batch, height, width, channels)`; height and width may be `None`, channels are
+        fixed when the layer is built.
     Output shape: that of the input.
     Raises: `ValueError` for other shapes.
     Reference: Kanazi, Mnaa and Eisa, section 3.1.
@@ -73,24 +75,23 @@ class ConvStem(layers.Layer):
         if len(input_shape) != 4 or not hasattr(input_shape[-1], "__index__"):
             wanted = "(batch, height, width, channels), channels known"
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
-        channels, policy = input_shape[-1], self.dtype_policy
+        channels = input_shape[-1]
         self.input_spec = layers.InputSpec(ndim=4, axes={-1: channels})
         spatial = keras.initializers.RandomUniform(-1 / 3, 1 / 3)  # 9 values in: 1/sqrt(9).
         across = keras.initializers.RandomUniform(-(channels**-0.5), channels**-0.5)
-        common = {"data_format": "channels_last", "use_bias": False, "dtype": policy}
+        # What a frozen stem is made of has to be frozen too, also when it is loaded.
+        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
+        kernels = {"data_format": "channels_last", "use_bias": False, **common}
         self.depthwise = layers.DepthwiseConv2D(
-            3, padding="same", depthwise_initializer=spatial, name="depthwise", **common
+            3, padding="same", depthwise_initializer=spatial, name="depthwise", **kernels
         )
         self.pointwise = layers.Conv2D(
-            channels, 1, kernel_initializer=across, name="pointwise", **common
+            channels, 1, kernel_initializer=across, name="pointwise", **kernels
         )
         self.depthwise.build(input_shape)
         self.pointwise.build(input_shape)
         if not self.linear:
-            # A frozen stem has to freeze its batch norm too, also when it is loaded.
-            self.norm = layers.BatchNormalization(
-                momentum=0.9, epsilon=1e-5, trainable=self.trainable, dtype=policy, name="norm"
-            )
+            self.norm = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name="norm", **common)
             self.norm.build(input_shape)
 
     def call(self, inputs, training=None):
@@ -158,18 +159,19 @@ class MixerBlock(layers.Layer):
             wanted = "(batch, tokens, channels), both known, so flatten a grid with Reshape"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
         tokens, channels = input_shape[1:]
-        policy = self.dtype_policy
         self.input_spec = layers.InputSpec(shape=(None, tokens, channels))
+        # What a frozen block is made of has to be frozen too, also when it is loaded.
+        common = {"dtype": self.dtype_policy, "trainable": self.trainable}
 
         def norm(name):
-            layer = layers.LayerNormalization(epsilon=1e-5, dtype=policy, name=name)
+            layer = layers.LayerNormalization(epsilon=1e-5, name=name, **common)
             layer.build(input_shape)
             return layer
 
         def dense(name, fan_in, units, activation=None):
             keys, bound = ("kernel_initializer", "bias_initializer"), fan_in**-0.5
             uniform = {key: keras.initializers.RandomUniform(-bound, bound) for key in keys}
-            layer = layers.Dense(units, activation, **uniform, dtype=policy, name=name)
+            layer = layers.Dense(units, activation, name=name, **uniform, **common)
             layer.build((None, None, fan_in))
             return layer
 
@@ -254,14 +256,14 @@ def build_model(
         tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
 
     Returns a Functional `keras.Model` from normalised images `(batch, height, width, channels)` to
-    float32 logits `(batch, num_classes)`. Raises `UserError` for what can't be built.
+    float32 logits `(batch, num_classes)`. Raises `ValueError` for what can't be built.
     """
     if model not in MODELS:
         raise UserError(f"`model` must be one of {', '.join(MODELS)}. Received: model={model}")
     height, width, channels = image_shape
     sizes = {"num_classes": num_classes, "patch_size": patch_size, "hidden_dim": hidden_dim,
-             "num_blocks": num_blocks, "image_shape": min(image_shape)}  # fmt: skip
-    for name, size in sizes.items():
+             "num_blocks": num_blocks}  # fmt: skip
+    for name, size in [*sizes.items(), *(("image_shape", size) for size in image_shape)]:
         if not hasattr(size, "__index__") or size < 1:
             raise UserError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
     if height % patch_size or width % patch_size:
@@ -282,7 +284,7 @@ def build_model(
         x = ConvStem(**design.stem, name="stem")(x)
     x = layers.Reshape(tokens)(x)
     for i in range(1, num_blocks + 1):
-        # A seed is drawn at any rate, or the weights that are drawn after it would depend on that.
+        # Drawn without dropout too, or later layers' first weights would depend on `dropout`.
         block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
         x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
         if design.conv_every and i % design.conv_every == 0 and i <= design.last_conv:
@@ -306,7 +308,8 @@ def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
         validation_split: float, last share of the train images to test on instead; 0: none.
 
     Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height, width,
-    channels)`, int labels `(n,)`, a list of strings. Raises `UserError` if these can't be had.
+    channels)`, int labels `(n,)`, a list of strings; for the same arguments as in the last call,
+    the same objects. Raises `UserError` if these can't be had.
     """
     if name == "shapes":
         *splits, class_names = draw_shapes()
@@ -417,7 +420,7 @@ def is_picture(path):
 
 
 def scale(images, size):
-    """Scales images to `size` pixels a side: averages areas down, interpolates linearly up."""
+    """Scales images to `size` pixels a side, bilinearly and, where that is smaller, smoothed."""
     tf = import_tensorflow()
     images = tf.image.resize(images, (size, size), antialias=True)
     return tf.saturate_cast(tf.round(images), "uint8")
@@ -497,8 +500,8 @@ def add_preprocessing(network, train_images):
 
     Returns `(trainer, classifier)`, the model to `fit` and the one to save. Both share all weights
     and go from pixels 0-255 `(batch, height, width, channels)` to logits. Only `trainer` augments,
-    and only in training: flip, shift by up to 4 pixels, turn by up to 15 degrees, colours, in one
-    image of ten a box of mean colour.
+    and only in training: it flips, shifts by up to 4 pixels, turns by up to 15 degrees, changes
+    colours and, in one image of ten, covers a box with the mean colour.
     """
     height, width, channels = shape = train_images.shape[1:]
     mean = train_images.mean((0, 1, 2))
@@ -568,6 +571,9 @@ def check_data(name, images, labels, num_classes):
         wanted = "uint8, (n, height, width, channels), of 5 pixels or more"
         got = f"{images.dtype}, {images.shape}"
         raise UserError(f"Images of the {name} split must be {wanted}. Received: {got}")
+    if labels.size != len(images):
+        raise UserError(f"Labels of the {name} split must be one for each image, not one-hot. "
+                        f"Received: {labels.shape} for {len(images)} images")  # fmt: skip
     if wrong := {*np.unique(labels).tolist()} - {*range(num_classes)}:
         raise UserError(f"Labels of the {name} split must be from 0 to {num_classes - 1}. "
                         f"Received: {min(wrong)}")  # fmt: skip
@@ -590,7 +596,8 @@ def feed(images, labels, batch_size):
 def train(settings, data, folder, source=None):
     """Trains a model, from its last checkpoint on if there is one, and writes result and model.
 
-    An epoch depends on seed, epoch and checkpoint alone, so a stopped run ends like any other.
+    An epoch depends on seed, epoch and checkpoint alone, so a stopped run ends like any other. For
+    all of Keras, `train` clears the session and sets seed, float type and dtype policy.
 
     Args:
         settings: dict of `dataset`, `model`, `seed` and those `SETTINGS` that aren't the defaults.
@@ -598,12 +605,15 @@ def train(settings, data, folder, source=None):
         folder: str or path, where result, model and checkpoint go.
         source: str, what `--dataset` was if not the data set's name.
 
-    Returns what is in the JSON file. Raises `UserError` for images and labels that don't serve, and
-    if the loss is no longer finite.
+    Returns what is in the JSON file. Raises `UserError` for images and labels that don't serve, for
+    unknown settings, and if the loss is no longer finite.
     """
     (x_train, y_train), (x_test, y_test), class_names = data
     check_data("train", x_train, y_train, len(class_names))
     check_data("test", x_test, y_test, len(class_names))
+    if unknown := settings.keys() - {*RUN, *DEFAULTS}:
+        known = ", ".join([*RUN, *DEFAULTS])
+        raise UserError(f"Settings must be of: {known}. Received: {', '.join(sorted(unknown))}")
     settings = {name: settings[name] for name in RUN} | DEFAULTS | settings
     seed, epochs, folder = settings["seed"], settings["epochs"], pathlib.Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -660,7 +670,7 @@ def train(settings, data, folder, source=None):
         **describe_machine(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "history": history,
     }  # fmt: skip
-    text = json.dumps(result, indent=1) + "\n"
+    text = json.dumps(result, indent=1, default=lambda x: x.tolist()) + "\n"  # NumPy's too.
     write_atomically(folder / f"{name}.keras", classifier.save)
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
     checkpoint.unlink()
@@ -942,6 +952,8 @@ def plot_blocks(maps, title, path):
         for axis, (block, values) in zip(row, blocks.items()):
             axis.imshow(values / values.mean(), vmin=0.5, vmax=2.5)
             axis.set(xticks=[], yticks=[], title=block.replace("_", " "))
+        for axis in row[len(blocks) :]:
+            axis.remove()
     figure.suptitle(title)
     figure.savefig(path)
 

@@ -314,7 +314,7 @@ def test_sizes_and_rate_of_a_block_may_be_numpys():
 
 @pytest.mark.parametrize(
     "name, value",
-    [("model", "vit"), ("image_shape", (32, 0, 3)),
+    [("model", "vit"), ("image_shape", (32, 0, 3)), ("image_shape", (None, None, 3)),
      *((n, 0) for n in ("num_classes", "patch_size", "hidden_dim", "num_blocks")),
      ("num_blocks", 1.5)],
 )  # fmt: skip
@@ -370,21 +370,30 @@ def test_whole_numbers_and_other_precisions_are_cast(make, shape):
 
 
 @pytest.mark.parametrize("frozen", ["as an argument", "before it is built", "and loaded"])
-def test_a_frozen_stem_uses_the_statistics_that_it_has_learned(frozen, tmp_path):
-    stem = hm.ConvStem(trainable=frozen != "as an argument", name="stem")
+@pytest.mark.parametrize(
+    "make, shape",
+    [(hm.ConvStem, (5, 7, 4)), (functools.partial(hm.MixerBlock, 3, 5), (6, 4))],
+)  # fmt: skip
+def test_a_frozen_layer_learns_neither_weights_nor_statistics(make, shape, frozen, tmp_path):
+    layer = make(trainable=frozen != "as an argument", name="layer")
     if frozen == "before it is built":
-        stem.trainable = False
-    inputs = keras.Input((5, 7, 4))
-    model = keras.Model(inputs, stem(inputs))
+        layer.trainable = False
+    inputs = keras.Input(shape)
+    model = keras.Model(inputs, layer(inputs))
     if frozen == "and loaded":
-        stem.trainable = False
+        layer.trainable = False
         model.save(tmp_path / "model.keras")
         model = keras.saving.load_model(tmp_path / "model.keras")
-    x = np.random.default_rng(0).normal(2, 3, (8, 5, 7, 4)).astype("float32")
+    x = np.random.default_rng(0).normal(2, 3, (8, *shape)).astype("float32")
     expected = to_numpy(model(x))
     np.testing.assert_array_equal(model(x, training=True), expected)
-    model.get_layer("stem").trainable = True
-    assert np.abs(to_numpy(model(x, training=True)) - expected).max() > 0.1
+    weights = model.get_weights()
+    for trainable in (False, True):
+        model.get_layer("layer").trainable = trainable
+        model.compile("adam", "mse")
+        model.fit(x, x + 1, verbose=0)
+        same = [np.array_equal(old, new) for old, new in zip(weights, model.get_weights())]
+        assert same == [not trainable] * len(weights)
 
 
 def test_a_block_without_dropout_can_be_computed_anew_on_jax():
@@ -927,6 +936,23 @@ def test_images_that_do_not_serve_are_named(size, dtype, tmp_path):
     for label in (-1, 2):
         with pytest.raises(hm.UserError, match=f"test split must be.*0 to 1. Received: {label}"):
             hm.train(settings, ((good, labels), (good, labels + label), ["x", "y"]), tmp_path)
+    one_hot = np.eye(2, dtype=int)[labels]
+    with pytest.raises(hm.UserError, match=r"test split must be one.*: \(6, 2\) for 6 images"):
+        hm.train(settings, ((good, labels), (good, one_hot), ["x", "y"]), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_settings_and_data_may_be_of_numpy_but_unknown_settings_are_named(tmp_path):
+    images, labels = np.zeros((6, 8, 8, 3), "uint8"), np.zeros((6, 1), "uint8")  # As Keras's CIFAR.
+    data = ((images, labels), (images, labels), np.array(["x", "y"]))
+    with pytest.raises(hm.UserError, match="Settings must be of.*epochs.*Received: dropuot, epoch"):
+        hm.train(settings_with(**SMALL, epoch=1, dropuot=0), data, tmp_path)
+    settings = settings_with(**{name: np.int64(size) for name, size in SMALL.items()}, epochs=1)
+    result = hm.train({**settings, "dropout": np.float32(0.5)}, data, tmp_path)
+    (path,) = tmp_path.glob("*-dropout_0.5-*.json")
+    saved = json.loads(path.read_text())
+    assert saved["settings"] == result["settings"] and saved["class_names"] == ["x", "y"]
+    assert f"{result['final_test_accuracy']:.2%}"[:-1] in hm.report(tmp_path)
 
 
 # ---------------------------------------------------------------------------------- training
@@ -1535,6 +1561,14 @@ def test_titles_say_what_curves_share_but_not_the_hardware(figures, tmp_path):
     hm.report(tmp_path)
     titles = [figure.get_suptitle() for figure in figures]
     assert titles == ["CIFAR-10, 2 epochs, 1 seed", "CIFAR-100, 30 epochs, 1 seed"]
+
+
+def test_of_models_with_fewer_blocks_no_empty_frames_are_drawn(figures, tmp_path):
+    maps = {
+        name: {f"block_{i}": np.ones((3, 3)) for i in range(n)} for name, n in (("a", 2), ("b", 4))
+    }
+    hm.plot_blocks(maps, "", tmp_path / "blocks.png")
+    assert [len(axis.images) for axis in figures[0].axes] == [1] * 6
 
 
 def test_blocks_are_mapped_by_offset():
