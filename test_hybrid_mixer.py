@@ -1693,7 +1693,11 @@ def test_readmes_findings_are_those_of_the_results():
     (third_hundred,) = hundred["interleaved_3"]
     third = [*interval(ten["interleaved_3"]), third_hundred]
     _, start, end = beside = interval(ten["interleaved_3"] - ten["interleaved"])
-    assert start < 0 < end  # "not told apart"
+    assert start < 0 < end  # "can't be told from its own"
+    assert len(ten["interleaved_3"]) + len(hundred["interleaved_3"]) == 3  # "all three pairs"
+    assert min(*ten["interleaved_3"], *hundred["interleaved_3"]) > 0  # "with each seed"
+    assert min(ten["hybrid_late"]) > 0  # "`hybrid_late` on CIFAR-10"
+    assert linears[2] < 0 < linears[3]  # "no clear gain"
     third += [*beside, third_hundred - hundred["interleaved"][0]]
     sizes = {r["model"]: int(r["parameters"].replace(",", "")) for r in load("table1", "cifar10")}
     assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
@@ -1702,7 +1706,7 @@ def test_readmes_findings_are_those_of_the_results():
     spread = max(np.ptp([run["accuracy"] for run in runs]) for runs in cells.values())
     mixer, *others = (run["accuracy"] for run in cells["mixer"])
     older = [50.06, *others]  # Once in the file that is seed 0's now.
-    assert 0 < mixer - np.mean(older) - np.std(older, ddof=1) < 0.2  # "just below it"
+    assert 0 < mixer - np.mean(older) - np.std(older, ddof=1) < 0.2  # "just above their spread"
     # Older versions didn't write the command.
     anew = {(run["model"], run["seed"]) for run in load("table1", "cifar100") if "command" in run}
     assert anew == {("hybrid_late", 0), ("interleaved_3", 0), ("mixer", 0)}
@@ -1716,19 +1720,20 @@ def test_readmes_findings_are_those_of_the_results():
         "`hybrid`, it ends at {:.2f} on CIFAR-10 ({:.2f} to {:.2f}: two seeds can't decide) and at "
         "{:.2f} on CIFAR-100 ({:.2f} to {:.2f})".format(*hybrid),
         "ends {:.2f} points above `hybrid` ({:.2f} to {:.2f}) and {:.2f} above "
-        "`mixer` ({:.2f} to {:.2f}). On CIFAR-100, with one seed, it ends {:.2f} above `hybrid`, "
-        "but only {:.2f} above `mixer`.".format(*late),
+        "`mixer` ({:.2f} to {:.2f}). On CIFAR-100, with one seed, it ends {:.2f} above `hybrid` (a "
+        "run of an [older version](#more-results)), but only {:.2f} above `mixer`.".format(*late),
         f"seeds of one model differ by up to {spread:.2f} points",
         f"it ends at {mixer:.2f} %, {mixer - older[0]:.2f} points above the run that it replaced",
-        f"older versions' three seeds were at {hm.mean_std(older)}, just below it",
+        f"Older versions' three seeds were at {hm.mean_std(older)}, so that it is just above",
         f"seed 0 within {max(abs(cpu[m] - gpu[m]) for m in {*gpu} & {*cpu}):.2f} points of seed 0 "
         "on the H100",
         "(`hybrid_linear`): {:+.2f} (one seed) and {:+.2f}; the".format(*linears),
         "the code's model: {0:+.2f} and {3:+.2f} |".format(*interleaved),
         f"{more:,} more than `mixer`, {100 * more / sizes['mixer']:+.1f} %",
         "`interleaved_3`: {:+.2f} on CIFAR-10 ({:.2f} to {:.2f}) and {:+.2f} on CIFAR-100 (one "
-        "seed); not told apart from `interleaved` in accuracy ({:+.2f}, {:.2f} to {:.2f}; "
-        "{:+.2f}), with {:,} parameters fewer".format(*third, fewer),
+        "seed). It has {:,} parameters fewer than `interleaved`, whose accuracy can't be told from "
+        "its own ({:+.2f} on CIFAR-10, {:.2f} to {:.2f}; {:+.2f} on CIFAR-100). In all three "
+        "pairs of runs, its train loss".format(*third[:4], fewer, *third[4:]),
     )
     # "a lower train loss and a higher test loss": the first model's, with each seed.
     for dataset in ("cifar10", "cifar100"):
@@ -1746,8 +1751,9 @@ def test_readmes_times_are_those_of_the_results():
     hours = [r["epochs"] * r["seconds_per_epoch"] / 3600 for r in runs if hm.is_cpu(r["device"])]
     seconds = [run["seconds_per_epoch"] for run in load("table1", "cifar10")]
     assert_readme_says(
-        f"a run takes {min(hours):.1f} to {max(hours):.1f} hours",
-        f"an epoch of CIFAR-10 took {min(seconds):.1f} to {max(seconds):.1f} seconds beside",
+        f"30 epochs of median length take {min(hours):.1f} to {max(hours):.1f} hours",
+        "a run's median epoch of CIFAR-10 took "
+        f"{min(seconds):.1f} to {max(seconds):.1f} seconds beside",
     )
     nine_and_none = pairs("speed", "shapes", "interleaved_1")
     assert len(nine_and_none) == 3
