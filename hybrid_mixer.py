@@ -75,7 +75,7 @@ class ConvStem(layers.Layer):
         if len(input_shape) != 4 or not hasattr(input_shape[-1], "__index__"):
             wanted = "(batch, height, width, channels), channels known"
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
-        channels = input_shape[-1]
+        channels = int(input_shape[-1])
         self.input_spec = layers.InputSpec(ndim=4, axes={-1: channels})
         spatial = keras.initializers.RandomUniform(-1 / 3, 1 / 3)  # 9 values in: 1/sqrt(9).
         across = keras.initializers.RandomUniform(-(channels**-0.5), channels**-0.5)
@@ -99,6 +99,7 @@ class ConvStem(layers.Layer):
         x = self.pointwise(self.depthwise(inputs))
         if not self.linear:
             x = ops.gelu(self.norm(x, training=training), approximate=False)
+        x = ops.cast(x, self.compute_dtype)  # A policy map may give a part another dtype.
         return inputs + x if self.residual else x
 
     def compute_output_shape(self, input_shape):
@@ -130,7 +131,7 @@ class MixerBlock(layers.Layer):
 
     Input shape: `(batch, tokens, channels)`; tokens and channels are fixed when it is built.
     Output shape: that of the input.
-    Raises: `ValueError` for other shapes, and for sizes and rates that can't be.
+    Raises: `ValueError` for other shapes, and for sizes, rates and seeds that can't be.
     Reference: Tolstikhin et al., 2021; Kanazi, Mnaa and Eisa, equations 1 and 2.
 
     >>> MixerBlock(tokens_mlp_dim=64, channels_mlp_dim=256)(keras.Input((48, 128))).shape
@@ -146,19 +147,19 @@ class MixerBlock(layers.Layer):
         if not hasattr(dropout, "__float__") or not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be from 0 to below 1. Received: dropout={dropout}")
         self.tokens_mlp_dim, self.channels_mlp_dim = int(tokens_mlp_dim), int(channels_mlp_dim)
-        self.seed = seed if seed is None else int(seed)
-        # Each call draws a new mask, so that one layer serves all four places.
-        self.drop = layers.Dropout(float(dropout), seed=self.seed, dtype=self.dtype_policy)
+        if seed is not None and not hasattr(seed, "__index__"):
+            raise ValueError(f"`seed` must be a whole number or None. Received: seed={seed}")
+        self._dropout, self.seed = float(dropout), seed if seed is None else int(seed)
 
     @property
     def dropout(self):
-        return self.drop.rate
+        return self._dropout
 
     def build(self, input_shape):
         if len(input_shape) != 3 or not all(hasattr(n, "__index__") for n in input_shape[1:]):
             wanted = "(batch, tokens, channels), both known, so flatten a grid with Reshape"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
-        tokens, channels = input_shape[1:]
+        tokens, channels = map(int, input_shape[1:])  # `Dense` refuses NumPy's.
         self.input_spec = layers.InputSpec(shape=(None, tokens, channels))
         # What a frozen block is made of has to be frozen too, also when it is loaded.
         common = {"dtype": self.dtype_policy, "trainable": self.trainable}
@@ -181,6 +182,8 @@ class MixerBlock(layers.Layer):
         self.channel_norm = norm("channel_norm")
         self.channel_hidden = dense("channel_hidden", channels, self.channels_mlp_dim, "gelu")
         self.channel_output = dense("channel_output", self.channels_mlp_dim, channels)
+        # Each call draws a new mask, so that one layer serves all four places.
+        self.drop = layers.Dropout(self.dropout, seed=self.seed, dtype=self.dtype_policy)
 
     def call(self, inputs, training=None):
         inputs = ops.cast(inputs, self.compute_dtype)
@@ -192,9 +195,11 @@ class MixerBlock(layers.Layer):
 
     def _mlp(self, x, hidden, output, training):
         if not self.dropout:  # Without a `Dropout`, `keras.RematScope` works on JAX.
-            return output(hidden(x))
-        x = self.drop(hidden(x), training=training)
-        return self.drop(output(x), training=training)
+            x = output(hidden(x))
+        else:
+            x = self.drop(hidden(x), training=training)
+            x = self.drop(output(x), training=training)
+        return ops.cast(x, self.compute_dtype)  # A policy map may give a part another dtype.
 
     def compute_output_shape(self, input_shape):
         return input_shape

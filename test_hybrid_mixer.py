@@ -295,7 +295,8 @@ def test_a_built_layer_refuses_other_inputs_by_its_own_name(layer, built, shape)
 
 @pytest.mark.parametrize(
     "name, value",
-    [*(("dropout", x) for x in (1.0, 1.5, -0.1, float("nan"), "x", None)),
+    [("seed", 3.7), ("seed", "5"),
+     *(("dropout", x) for x in (1.0, 1.5, -0.1, float("nan"), "x", None)),
      *((f"{mlp}_mlp_dim", x) for mlp in ("tokens", "channels") for x in (0, -1, 2.0, "4", None))],
 )  # fmt: skip
 def test_values_of_a_block_that_cannot_be_are_named(name, value):
@@ -307,7 +308,8 @@ def test_values_of_a_block_that_cannot_be_are_named(name, value):
 def test_sizes_and_rate_of_a_block_may_be_numpys():
     block = hm.MixerBlock(np.int64(5), np.uint8(7), np.float32(0.25), seed=np.int32(3))
     config = json.loads(json.dumps(block.get_config()))
-    block.build((None, 6, 4))
+    block.build((None, np.prod((2, 3)), np.int64(4)))
+    hm.ConvStem().build((None, np.int64(2), np.int64(3), np.int64(4)))
     assert block.token_hidden.kernel.shape == (6, 5) and config["dropout"] == 0.25
     assert (config["tokens_mlp_dim"], config["channels_mlp_dim"], config["seed"]) == (5, 7, 3)
 
@@ -396,6 +398,28 @@ def test_a_frozen_layer_learns_neither_weights_nor_statistics(make, shape, froze
         assert same == [not trainable] * len(weights)
 
 
+@pytest.mark.parametrize(
+    "make, shape, part",
+    [(hm.ConvStem, (2, 3, 4, 6), "norm"),
+     (functools.partial(hm.ConvStem, residual=True), (2, 3, 4, 6), "norm"),
+     (functools.partial(hm.MixerBlock, 4, 5, 0.3), (2, 3, 4), "token_output"),
+     (functools.partial(hm.MixerBlock, 4, 5), (2, 3, 4), "channel_output")],
+)  # fmt: skip
+def test_the_output_is_of_the_policys_dtype_whatever_the_parts_have(make, shape, part):
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy="mixed_bfloat16")
+    policies[f"layer/{part}"] = keras.DTypePolicy("float32")
+    late = make()
+    late.dtype_policy = "mixed_bfloat16"  # After it was made, before it is built.
+    for layer in (make(dtype=policies, name="layer"), late):
+        for training in (False, True):
+            output = layer(np.ones(shape, "float32"), training=training)
+            dtypes = [
+                keras.backend.standardize_dtype(x.dtype)
+                for x in (output, layer(keras.Input(shape[1:])))
+            ]
+            assert dtypes == ["bfloat16"] * 2
+
+
 def test_a_block_without_dropout_can_be_computed_anew_on_jax():
     pytest.importorskip("jax")
     code = """
@@ -432,7 +456,8 @@ def test_an_mlp_drops_after_each_of_its_dense_layers(mlp):
 
 def test_dropout_repeats_with_its_seed_also_from_a_config():
     x = np.random.default_rng(0).normal(size=(40, 5, 64)).astype("float32")
-    blocks = [hm.MixerBlock(4, 4, dropout=0.5, seed=seed) for seed in (1, 1, 2)]
+    blocks = [hm.MixerBlock(4, 4, dropout=0.5, seed=seed) for seed in (1, 3, 2)]
+    blocks[1].seed = 1  # Before it is built.
     blocks.append(hm.MixerBlock.from_config(blocks[0].get_config()))
     for block in blocks:
         block.build(x.shape)
