@@ -146,10 +146,11 @@ class MixerBlock(layers.Layer):
                 raise ValueError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
         if not hasattr(dropout, "__float__") or not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be from 0 to below 1. Received: dropout={dropout}")
-        self.tokens_mlp_dim, self.channels_mlp_dim = int(tokens_mlp_dim), int(channels_mlp_dim)
         if seed is not None and not hasattr(seed, "__index__"):
             raise ValueError(f"`seed` must be a whole number or None. Received: seed={seed}")
-        self._dropout, self.seed = float(dropout), seed if seed is None else int(seed)
+        self.tokens_mlp_dim, self.channels_mlp_dim = int(tokens_mlp_dim), int(channels_mlp_dim)
+        self._dropout = float(dropout)
+        self.seed = seed if seed is None else int(seed)
 
     @property
     def dropout(self):
@@ -183,7 +184,7 @@ class MixerBlock(layers.Layer):
         self.channel_hidden = dense("channel_hidden", channels, self.channels_mlp_dim, "gelu")
         self.channel_output = dense("channel_output", self.channels_mlp_dim, channels)
         # Each call draws a new mask, so that one layer serves all four places.
-        self.drop = layers.Dropout(self.dropout, seed=self.seed, dtype=self.dtype_policy)
+        self.drop = layers.Dropout(self.dropout, seed=self.seed, **common)
 
     def call(self, inputs, training=None):
         inputs = ops.cast(inputs, self.compute_dtype)
@@ -266,9 +267,9 @@ def build_model(
     if model not in MODELS:
         raise UserError(f"`model` must be one of {', '.join(MODELS)}. Received: model={model}")
     height, width, channels = image_shape
-    sizes = {"num_classes": num_classes, "patch_size": patch_size, "hidden_dim": hidden_dim,
-             "num_blocks": num_blocks}  # fmt: skip
-    for name, size in [*sizes.items(), *(("image_shape", size) for size in image_shape)]:
+    sizes = [("num_classes", num_classes), ("patch_size", patch_size), ("hidden_dim", hidden_dim),
+             ("num_blocks", num_blocks), *(("image_shape", n) for n in image_shape)]  # fmt: skip
+    for name, size in sizes:
         if not hasattr(size, "__index__") or size < 1:
             raise UserError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
     if height % patch_size or width % patch_size:

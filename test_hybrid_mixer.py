@@ -411,13 +411,10 @@ def test_the_output_is_of_the_policys_dtype_whatever_the_parts_have(make, shape,
     late = make()
     late.dtype_policy = "mixed_bfloat16"  # After it was made, before it is built.
     for layer in (make(dtype=policies, name="layer"), late):
-        for training in (False, True):
-            output = layer(np.ones(shape, "float32"), training=training)
-            dtypes = [
-                keras.backend.standardize_dtype(x.dtype)
-                for x in (output, layer(keras.Input(shape[1:])))
-            ]
-            assert dtypes == ["bfloat16"] * 2
+        outputs = [layer(keras.Input(shape[1:]))]
+        outputs += [layer(np.ones(shape, "float32"), training=each) for each in (False, True)]
+        dtypes = [keras.backend.standardize_dtype(output.dtype) for output in outputs]
+        assert dtypes == ["bfloat16"] * 3
 
 
 def test_a_block_without_dropout_can_be_computed_anew_on_jax():
