@@ -975,12 +975,14 @@ def report(folder):
         shared, groups = group_runs(part)
         tables[dataset] = groups
         notes.append(f"{dataset}: {', '.join(shared)}.\n")
-        seeds = sorted({f"{len(group)} seed{'s' * (len(group) > 1)}" for group in groups.values()})
+        counts = [len(group) for group in groups.values()]
+        fewest, most = min(counts), max(counts)
+        seeds = f"{most} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
         common = [text for text in shared if text != part[0]["hardware"]]
         title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common])
         prefix = re.sub("[/:]", "_", dataset)
         plot = plot_panels if len(groups) > 6 else plot_curves  # Seven curves are a thicket.
-        plot(groups, f"{title}, {' or '.join(seeds)}", folder / f"{prefix}_curves.png")
+        plot(groups, f"{title}, {seeds}", folder / f"{prefix}_curves.png")
         files = {name: group[0]["model_file"] for name, group in groups.items()}
         maps = {n: read_or_skip(map_blocks, file) for n, file in files.items() if file.exists()}
         maps = {name: blocks for name, blocks in maps.items() if blocks}

@@ -1581,9 +1581,13 @@ def test_titles_say_what_curves_share_but_not_the_hardware(figures, tmp_path):
     path, run = fake_run(tmp_path, "mixer", 1, 0.80)
     run["settings"]["dataset"] = "cifar100"
     path.write_text(json.dumps({**run, "device": "slide rule"}))
+    for model, seeds in (("mixer", 3), ("hybrid", 1)):
+        for seed in range(seeds):
+            fake_run(tmp_path, model, seed, 0.8, dataset="shapes")
     hm.report(tmp_path)
     titles = [figure.get_suptitle() for figure in figures]
-    assert titles == ["CIFAR-10, 2 epochs, 1 seed", "CIFAR-100, 30 epochs, 1 seed"]
+    assert titles == ["CIFAR-10, 2 epochs, 1 seed", "CIFAR-100, 30 epochs, 1 seed",
+                      "shapes, 30 epochs, 1 to 3 seeds"]  # fmt: skip
 
 
 def test_of_models_with_fewer_blocks_no_empty_frames_are_drawn(figures, tmp_path):
@@ -1713,15 +1717,16 @@ def test_readmes_findings_are_those_of_the_results():
     late = [*interval(ten["hybrid_late"] - ten["hybrid"]), *interval(ten["hybrid_late"])]
     (late_hundred,) = hundred["hybrid_late"]
     late += [late_hundred - hundred["hybrid"][0], late_hundred]
-    (third_hundred,) = hundred["interleaved_3"]
-    third = [*interval(ten["interleaved_3"]), third_hundred]
-    _, start, end = beside = interval(ten["interleaved_3"] - ten["interleaved"])
-    assert start < 0 < end  # "can't be told from its own"
-    assert len(ten["interleaved_3"]) + len(hundred["interleaved_3"]) == 3  # "all three pairs"
-    assert min(*ten["interleaved_3"], *hundred["interleaved_3"]) > 0  # "with each seed"
+    thirds = ten["interleaved_3"], hundred["interleaved_3"]
+    third = [value for values in thirds for value in interval(values)]
+    for dataset in ("cifar10", "cifar100"):
+        beside = interval(gains("table1", dataset, "interleaved_3", "interleaved"))
+        assert beside[1] < 0 < beside[2]  # "can't be told from its own"
+        third += [*beside]
+    assert sum(map(len, thirds)) == 4  # "all four pairs"
+    assert np.concatenate(thirds).min() > 0  # "with each seed"
     assert min(ten["hybrid_late"]) > 0  # "`hybrid_late` on CIFAR-10"
     assert linears[2] < 0 < linears[3]  # "no clear gain"
-    third += [*beside, third_hundred - hundred["interleaved"][0]]
     sizes = {r["model"]: int(r["parameters"].replace(",", "")) for r in load("table1", "cifar10")}
     assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
     more, fewer = (sizes["interleaved"] - sizes[m] for m in ("mixer", "interleaved_3"))
@@ -1732,7 +1737,7 @@ def test_readmes_findings_are_those_of_the_results():
     assert 0 < mixer - np.mean(older) - np.std(older, ddof=1) < 0.2  # "just above their spread"
     # Older versions didn't write the command.
     anew = {(run["model"], run["seed"]) for run in load("table1", "cifar100") if "command" in run}
-    assert anew == {("hybrid_late", 0), ("interleaved_3", 0), ("mixer", 0)}
+    assert anew == {("hybrid_late", 0), ("interleaved_3", 0), ("interleaved_3", 1), ("mixer", 0)}
     groups = (load("table1", "cifar10"), load("cpu"))
     gpu, cpu = ({r["model"]: r["accuracy"] for r in runs if r["seed"] == 0} for runs in groups)
     assert_readme_says(
@@ -1753,10 +1758,10 @@ def test_readmes_findings_are_those_of_the_results():
         "(`hybrid_linear`): {:+.2f} (one seed) and {:+.2f}; the".format(*linears),
         "the code's model: {0:+.2f} and {3:+.2f} |".format(*interleaved),
         f"{more:,} more than `mixer`, {100 * more / sizes['mixer']:+.1f} %",
-        "`interleaved_3`: {:+.2f} on CIFAR-10 ({:.2f} to {:.2f}) and {:+.2f} on CIFAR-100 (one "
-        "seed). It has {:,} parameters fewer than `interleaved`, whose accuracy can't be told from "
-        "its own ({:+.2f} on CIFAR-10, {:.2f} to {:.2f}; {:+.2f} on CIFAR-100). In all three "
-        "pairs of runs, its train loss".format(*third[:4], fewer, *third[4:]),
+        "`interleaved_3`: {:+.2f} on CIFAR-10 ({:.2f} to {:.2f}) and {:+.2f} on CIFAR-100 ({:.2f} "
+        "to {:.2f}). It has {:,} parameters fewer than `interleaved`, whose accuracy can't be told "
+        "from its own ({:+.2f} on CIFAR-10, {:.2f} to {:.2f}; {:+.2f} on CIFAR-100, {:.2f} to "
+        "{:.2f}). In all four pairs of runs, its train loss".format(*third[:6], fewer, *third[6:]),
     )
     # "a lower train loss and a higher test loss": the first model's, with each seed.
     for dataset in ("cifar10", "cifar100"):
