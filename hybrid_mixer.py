@@ -266,12 +266,14 @@ def build_model(
     """
     if model not in MODELS:
         raise UserError(f"`model` must be one of {', '.join(MODELS)}. Received: model={model}")
-    height, width, channels = image_shape
     sizes = [("num_classes", num_classes), ("patch_size", patch_size), ("hidden_dim", hidden_dim),
              ("num_blocks", num_blocks), *(("image_shape", n) for n in image_shape)]  # fmt: skip
     for name, size in sizes:
         if not hasattr(size, "__index__") or size < 1:
             raise UserError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
+    # Keras refuses some of NumPy's.
+    num_classes, patch_size, hidden_dim, num_blocks, *image_shape = (int(size) for _, size in sizes)
+    height, width, channels = image_shape
     if height % patch_size or width % patch_size:
         raise UserError(f"{height}x{width} pixels aren't whole patches: give a --patch_size that "
                         f"divides both. Received: {patch_size}")  # fmt: skip

@@ -965,17 +965,19 @@ def test_images_that_do_not_serve_are_named(size, dtype, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-def test_settings_and_data_may_be_of_numpy_but_unknown_settings_are_named(tmp_path):
+def test_settings_and_data_may_be_numpys_but_unknown_settings_are_named(tmp_path):
     images, labels = np.zeros((6, 8, 8, 3), "uint8"), np.zeros((6, 1), "uint8")  # As Keras's CIFAR.
     data = ((images, labels), (images, labels), np.array(["x", "y"]))
     with pytest.raises(hm.UserError, match="Settings must be of.*epochs.*Received: dropuot, epoch"):
         hm.train(settings_with(**SMALL, epoch=1, dropuot=0), data, tmp_path)
-    settings = settings_with(**{name: np.int64(size) for name, size in SMALL.items()}, epochs=1)
+    sizes = {**SMALL, "patch_size": 4, "batch_size": 3, "epochs": 1}
+    settings = settings_with(**{name: np.int64(size) for name, size in sizes.items()})
     result = hm.train({**settings, "dropout": np.float32(0.5)}, data, tmp_path)
     (path,) = tmp_path.glob("*-dropout_0.5-*.json")
     saved = json.loads(path.read_text())
     assert saved["settings"] == result["settings"] and saved["class_names"] == ["x", "y"]
     assert f"{result['final_test_accuracy']:.2%}"[:-1] in hm.report(tmp_path)
+    assert hm.build_model("mixer", np.array([8, 8, 3]), np.int64(2), **SMALL).output_shape[1] == 2
 
 
 # ---------------------------------------------------------------------------------- training
