@@ -31,8 +31,8 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags, logging
 
-if __name__ == "__main__":  # TensorFlow reads both as it starts.
-    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # Up to 1.4 times as fast.
+if __name__ == "__main__":  # TensorFlow reads both as it is imported.
+    os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # On a CPU up to 1.4 times as fast.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # Hides information, not warnings.
 
 import keras
@@ -131,7 +131,7 @@ class MixerBlock(layers.Layer):
 
     Input shape: `(batch, tokens, channels)`; tokens and channels are fixed when it is built.
     Output shape: that of the input.
-    Raises: `ValueError` for other shapes, and for sizes, rates and seeds that can't be.
+    Raises: `ValueError` for other shapes, and for invalid sizes, rates and seeds.
     Reference: Tolstikhin et al., 2021; Kanazi, Mnaa and Eisa, equations 1 and 2.
 
     >>> MixerBlock(tokens_mlp_dim=64, channels_mlp_dim=256)(keras.Input((48, 128))).shape
@@ -149,7 +149,7 @@ class MixerBlock(layers.Layer):
         if seed is not None and not hasattr(seed, "__index__"):
             raise ValueError(f"`seed` must be a whole number or None. Received: seed={seed}")
         self.tokens_mlp_dim, self.channels_mlp_dim = int(tokens_mlp_dim), int(channels_mlp_dim)
-        self._dropout = float(dropout)
+        self._dropout = float(dropout)  # Read-only, since `build` gives it to a layer.
         self.seed = seed if seed is None else int(seed)
 
     @property
@@ -160,7 +160,7 @@ class MixerBlock(layers.Layer):
         if len(input_shape) != 3 or not all(hasattr(n, "__index__") for n in input_shape[1:]):
             wanted = "(batch, tokens, channels), both known, so flatten a grid with Reshape"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
-        tokens, channels = map(int, input_shape[1:])  # `Dense` refuses NumPy's.
+        tokens, channels = map(int, input_shape[1:])  # `Dense` refuses NumPy's integers.
         self.input_spec = layers.InputSpec(shape=(None, tokens, channels))
         # What a frozen block is made of has to be frozen too, also when it is loaded.
         common = {"dtype": self.dtype_policy, "trainable": self.trainable}
@@ -224,7 +224,7 @@ class Design(NamedTuple):
     text: str  # What it is, for the table.
     stem: dict | None = None  # Arguments of a `ConvStem` after patch embedding; None: no stem.
     conv_every: int | None = None  # A `ConvStem` follows every so many blocks; None: never.
-    last_conv: float = math.inf  # The last block that one may follow.
+    last_conv: float = math.inf  # No `ConvStem` follows a block after this one.
     residual: bool = False  # Whether those after blocks are added to their input.
 
 
@@ -271,7 +271,7 @@ def build_model(
     for name, size in sizes:
         if not hasattr(size, "__index__") or size < 1:
             raise UserError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
-    # Keras refuses some of NumPy's.
+    # Keras refuses NumPy's integers for some of these.
     num_classes, patch_size, hidden_dim, num_blocks, *image_shape = (int(size) for _, size in sizes)
     height, width, channels = image_shape
     if height % patch_size or width % patch_size:
@@ -317,7 +317,7 @@ def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
 
     Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height, width,
     channels)`, int labels `(n,)`, a list of strings; for the same arguments as in the last call,
-    the same objects. Raises `UserError` if these can't be had.
+    the same objects. Raises `UserError` if they can't be loaded.
     """
     if name == "shapes":
         *splits, class_names = draw_shapes()
@@ -678,7 +678,8 @@ def train(settings, data, folder, source=None):
         **describe_machine(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "history": history,
     }  # fmt: skip
-    text = json.dumps(result, indent=1, default=lambda x: x.tolist()) + "\n"  # NumPy's too.
+    # NumPy's numbers become Python's.
+    text = json.dumps(result, indent=1, default=lambda x: x.tolist()) + "\n"
     write_atomically(folder / f"{name}.keras", classifier.save)
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
     checkpoint.unlink()
