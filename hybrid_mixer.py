@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags, logging
 
-if __name__ == "__main__":  # TensorFlow reads both as it is imported.
+if __name__ == "__main__":  # TensorFlow reads both as it starts.
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # On a CPU up to 1.4 times as fast.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # Hides information, not warnings.
 

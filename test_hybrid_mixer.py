@@ -1833,11 +1833,13 @@ def test_readme_tells_of_the_study_and_the_shapes_what_the_results_do():
     shapes = [hm.mean_std([run["accuracy"] for run in load("shapes") if run["model"] == model])
               for model in ("mixer", "hybrid", "interleaved")]  # fmt: skip
     demo = [run["accuracy"] for run in load("demo")]
+    linear = max(gains("speed", "shapes", "hybrid_linear"))
     assert_readme_says(
         "a train loss like that of `mixer` ({:.3f} and {:.3f}) and a higher test loss "
         "({:.3f} and {:.3f})".format(*loss),
         "`mixer` reaches {} %, `hybrid` {} % and `interleaved` {} %".format(*shapes),
         "`mixer` ends at {:.0f} and `hybrid` at {:.0f} % of the test pictures".format(*demo),
+        f"(that of `hybrid_linear` gains at most {linear:.2f} points there)",
     )
     reached = {run["model"]: run["accuracy"] for run in load("study")}
     one_convolution = [model for model in reached if model.startswith("hybrid")]
@@ -1847,7 +1849,6 @@ def test_readme_tells_of_the_study_and_the_shapes_what_the_results_do():
     stems, lates = (gains("speed", "shapes", model) for model in ("hybrid", "hybrid_late"))
     assert len(stems) == 3 and sum(stems > lates) == 2  # "with two of three seeds"
     assert min(stems) > 0  # "helps here, with this seed and two others"
-    assert np.mean(gains("speed", "shapes", "hybrid_linear")) < 0  # "that of ... doesn't"
 
 
 def test_readmes_snippets_run(tmp_path):
