@@ -1677,6 +1677,11 @@ def interval(values):
     return np.mean(values) + np.array([0, -reach, reach])
 
 
+def intervals(*groups):
+    """Returns the three numbers of each group's interval, one group after the other."""
+    return [number for values in groups for number in interval(values)]
+
+
 def assert_readme_says(*texts):
     readme = " ".join((HERE / "README.md").read_text().split())
     for text in texts:
@@ -1712,18 +1717,17 @@ def test_readme_shows_what_the_models_cost():
 
 def test_readmes_findings_are_those_of_the_results():
     ten, hundred = ({m: gains("table1", d, m) for m in hm.MODELS} for d in ("cifar10", "cifar100"))
-    interleaved = [*interval(ten["interleaved"]), *interval(hundred["interleaved"])]
-    linears = gains("cpu", "cifar10", "hybrid_linear"), hundred["hybrid_linear"]
-    linears = [value for values in linears for value in interval(values)]
-    hybrid = [*interval(-hundred["hybrid"]), *interval(-ten["hybrid"])]  # What it loses.
+    interleaved = intervals(ten["interleaved"], hundred["interleaved"])
+    linears = intervals(gains("cpu", "cifar10", "hybrid_linear"), hundred["hybrid_linear"])
+    hybrid = intervals(-hundred["hybrid"], -ten["hybrid"])  # What it loses.
     moved = [gains("table1", d, "hybrid_late", "hybrid") for d in ("cifar10", "cifar100")]
     lates = ten["hybrid_late"], hundred["hybrid_late"]
     beside_linear = gains("table1", "cifar100", "hybrid_late", "hybrid_linear")
-    late = [value for values in (*moved, *lates, beside_linear) for value in interval(values)]
+    late = intervals(*moved, *lates, beside_linear)
     assert late[1] > 0 and late[4] > 0  # "does better after the first block"
     assert max(late[7], late[10], late[13]) < 0  # "is open", "is open too"
     thirds = ten["interleaved_3"], hundred["interleaved_3"]
-    third = [value for values in thirds for value in interval(values)]
+    third = intervals(*thirds)
     for dataset in ("cifar10", "cifar100"):
         beside = interval(gains("table1", dataset, "interleaved_3", "interleaved"))
         assert beside[1] < 0 < beside[2]  # "no clear difference in accuracy"
@@ -1758,9 +1762,9 @@ def test_readmes_findings_are_those_of_the_results():
     assert_readme_says(
         "`interleaved`, {:+.2f} points on CIFAR-10 (95 % interval: {:.2f} to {:.2f}) and {:+.2f} "
         "on CIFAR-100 ({:.2f} to {:.2f})".format(*interleaved),
-        "`hybrid_linear` gains {:+.2f} points on CIFAR-10 ([on "
-        "CPUs](results/cpu/table.md), {:.2f} to {:.2f}) and {:+.2f} on CIFAR-100 ({:.2f} to "
-        "{:.2f}); both intervals end far below the paper's gains.".format(*linears),
+        "`hybrid_linear` gains {:+.2f} points on CIFAR-10 ([on CPUs](results/cpu/table.md), {:.2f} "
+        "to {:.2f}) and {:+.2f} on CIFAR-100 ({:.2f} to {:.2f}); both intervals end far below the "
+        "paper's gains.".format(*linears),
         "`hybrid`, the stem loses {:.2f} on CIFAR-100 ({:.2f} to {:.2f}) and {:.2f} on "
         "CIFAR-10 ({:.2f} to {:.2f}: two seeds can't decide)".format(*hybrid),
         "by {:.2f} points on CIFAR-10 ({:.2f} to {:.2f}) and by {:.2f} on CIFAR-100 ({:.2f} to "
