@@ -1741,6 +1741,8 @@ def test_readmes_findings_are_those_of_the_results():
     assert linears[2] < papers[0] / 2 and linears[5] < papers[1] / 2  # "far below the paper's"
     assert interleaved[7] > papers[0]  # "more than the paper's run"
     assert min(hybrid[1], hybrid[4]) > 0 > hybrid[7]  # "it loses", "can't decide"
+    assert [len(on_cpus[m]) for m in ("hybrid", "interleaved")] == [3, 3]  # "three seeds on CPUs"
+    assert len(ten["hybrid"]) == 2  # "the H100's two"
     sizes = {r["model"]: int(r["parameters"].replace(",", "")) for r in load("table1", "cifar10")}
     assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
     more, fewer = (sizes["interleaved"] - sizes[m] for m in ("mixer", "interleaved_3"))
