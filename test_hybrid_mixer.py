@@ -1762,11 +1762,10 @@ def test_readmes_findings_are_those_of_the_results():
     }
     groups = (load("table1", "cifar10"), load("cpu"))
     gpu, cpu = ({(r["model"], r["seed"]): r["accuracy"] for r in runs} for runs in groups)
-    apart = {run: abs(cpu[run] - gpu[run]) for run in {*gpu} & {*cpu}}
+    lower = {run: gpu[run] - cpu[run] for run in {*gpu} & {*cpu}}
     same = "mixer", "hybrid", "interleaved"
-    first, second = (max(apart.pop((model, seed)) for model in same) for seed in (0, 1))
-    assert {*apart} == {("hybrid_late", 0), ("hybrid_late", 1)}
-    lower = [gpu[run] - cpu[run] for run in sorted(apart)]
+    first, second = (max(abs(lower.pop((model, seed))) for model in same) for seed in (0, 1))
+    assert {*lower} == {("hybrid_late", 0), ("hybrid_late", 1)}  # "Both seeds"
     older_ones = {(r["model"], r["seed"]) for r in load("cpu") if "command" not in r}
     assert older_ones == {(model, 0) for model in ("hybrid_linear", *same)}  # "but `hybrid_late`"
     assert_readme_says(
@@ -1792,9 +1791,9 @@ def test_readmes_findings_are_those_of_the_results():
         f"it ends at {mixer:.2f} %, {mixer - older[0]:.2f} points above the run that it replaced",
         f"Older versions' three seeds were at {hm.mean_std(older)}, so that it is just above",
         "seed 0 of `mixer`, `hybrid` and `interleaved` within "
-        f"{first:.2f} points of seed 0 on the H100; the present one has seed 1 of "
-        f"the three within {second:.2f} points. Both seeds of `hybrid_late` end lower on CPUs, by "
-        "{:.2f} and {:.2f}, which may be chance.".format(*lower),
+        f"{first:.2f} points of seed 0 on the H100; the present one has seed 1 of the three within "
+        f"{second:.2f} points. Both seeds of `hybrid_late` end lower on CPUs, by "
+        "{:.2f} and {:.2f}, which may be chance.".format(*(lower[run] for run in sorted(lower))),
         "gains {:.2f} points on CIFAR-10, {:.2f} on CIFAR-100".format(*papers),
         "(`hybrid_linear`): {0:+.2f} and {3:+.2f}; the".format(*linears),
         "the code's model: {0:+.2f} and {3:+.2f} |".format(*interleaved),
