@@ -1716,96 +1716,65 @@ def test_readme_shows_what_the_models_cost():
 
 
 def test_readmes_findings_are_those_of_the_results():
-    columns = ("table1", "cifar10"), ("table1", "cifar100"), ("cpu", "cifar10")
-    ten, hundred, on_cpus = ({m: gains(*column, m) for m in hm.MODELS} for column in columns)
-    interleaved = intervals(*(gain["interleaved"] for gain in (ten, hundred, on_cpus)))
-    linears = intervals(on_cpus["hybrid_linear"], hundred["hybrid_linear"])
-    hybrid = intervals(*(-gain["hybrid"] for gain in (hundred, on_cpus, ten)))
-    moved = [gains("table1", d, "hybrid_late", "hybrid") for d in ("cifar10", "cifar100")]
-    lates = ten["hybrid_late"], hundred["hybrid_late"]
-    led = "hybrid", "mixer", "hybrid_linear"
-    late_on_cpus = [gains("cpu", "cifar10", "hybrid_late", other) for other in led]
-    assert [*map(len, late_on_cpus)] == [2, 2, 2]  # "Two seeds"
-    beside_linear = gains("table1", "cifar100", "hybrid_late", "hybrid_linear")
-    late = intervals(*moved, *lates, beside_linear)
-    assert late[1] > 0 and late[4] > 0  # "does better after the first block"
-    assert max(late[7], late[10], late[13]) < 0  # "is open", "is open too"
-    thirds = ten["interleaved_3"], hundred["interleaved_3"]
+    columns = ("table1", "cifar10"), ("table1", "cifar100"), ("h100", "cifar10")
+    ten, hundred, on_h100 = ({m: gains(*column, m) for m in hm.MODELS} for column in columns)
+    interleaved, linears, hybrid = (
+        intervals(sign * ten[model], sign * hundred[model])
+        for model, sign in (("interleaved", 1), ("hybrid_linear", 1), ("hybrid", -1))
+    )
+    rivals = [("hybrid", 10), ("hybrid", 100), ("hybrid_linear", 10), ("mixer", 10),
+              ("hybrid_linear", 100), ("mixer", 100)]  # fmt: skip
+    late = intervals(*(gains("table1", f"cifar{n}", "hybrid_late", m) for m, n in rivals))
+    starts = late[1::3]
+    assert min(starts[:4]) > 0 > max(starts[4:])  # "does better", "also better", "both are open"
+    assert starts[3] < 0.2  # "only just clearly"
+    thirds = on_h100["interleaved_3"], hundred["interleaved_3"]
     third = intervals(*thirds)
-    for dataset in ("cifar10", "cifar100"):
-        beside = interval(gains("table1", dataset, "interleaved_3", "interleaved"))
+    for folder, dataset in (("h100", "cifar10"), ("table1", "cifar100")):
+        beside = interval(gains(folder, dataset, "interleaved_3", "interleaved"))
         assert beside[1] < 0 < beside[2]  # "no clear difference in accuracy"
         third += [*beside]
     assert sum(map(len, thirds)) == 5  # "all five pairs"
-    assert np.concatenate([*thirds, *lates, *late_on_cpus]).min() > 0  # "with each seed", "lead"
+    lates = (gain["hybrid_late"] for gain in (ten, hundred, on_h100))
+    assert np.concatenate([*thirds, *lates]).min() > 0  # "still above `mixer`, with each seed"
     assert max(linears[1], linears[4]) < 0 < min(linears[2], linears[5])  # "no clear gain"
     papers = [float(hm.PAPER[d, "interleaved"]) - float(hm.PAPER[d, "mixer"])
               for d in ("cifar10", "cifar100")]  # fmt: skip
     assert linears[2] < papers[0] / 2 and linears[5] < papers[1] / 2  # "far below the paper's"
-    assert interleaved[7] > papers[0]  # "more than the paper's run"
-    assert min(hybrid[1], hybrid[4]) > 0 > hybrid[7]  # "it loses", "can't decide"
-    assert [len(on_cpus[m]) for m in ("hybrid", "interleaved")] == [3, 3]  # "three seeds on CPUs"
-    assert len(ten["hybrid"]) == 2  # "the H100's two"
-    sizes = {r["model"]: int(r["parameters"].replace(",", "")) for r in load("table1", "cifar10")}
+    assert interleaved[1] > papers[0] and interleaved[4] < papers[1] < interleaved[5]  # "more"
+    assert min(hybrid[1], hybrid[4]) > 0  # "it loses"
+    sizes = {r["model"]: int(r["parameters"].replace(",", "")) for r in load("study")}
     assert sizes["hybrid"] == sizes["hybrid_late"]  # "as many parameters as `hybrid`"
     more, fewer = (sizes["interleaved"] - sizes[m] for m in ("mixer", "interleaved_3"))
-    _, cells = hm.group_runs(load("table1", "cifar100"))
-    spread = max(np.ptp([run["accuracy"] for run in runs]) for runs in cells.values())
-    mixer, *others = (run["accuracy"] for run in cells["mixer"])
-    older = [50.06, *others]  # Once in the file that is seed 0's now.
-    assert 0 < mixer - np.mean(older) - np.std(older, ddof=1) < 0.2  # "just above their spread"
-    # Older versions didn't write the command.
-    anew = {(run["model"], run["seed"]) for run in load("table1", "cifar100") if "command" in run}
-    assert anew == {
-        *((model, seed) for model in ("hybrid_late", "interleaved_3") for seed in range(3)),
-        ("mixer", 0),
-    }
-    groups = (load("table1", "cifar10"), load("cpu"))
-    gpu, cpu = ({(r["model"], r["seed"]): r["accuracy"] for r in runs} for runs in groups)
-    lower = {run: gpu[run] - cpu[run] for run in {*gpu} & {*cpu}}
-    same = "mixer", "hybrid", "interleaved"
-    first, second = (max(abs(lower.pop((model, seed))) for model in same) for seed in (0, 1))
-    assert {*lower} == {("hybrid_late", 0), ("hybrid_late", 1)}  # "Both seeds"
-    older_ones = {(r["model"], r["seed"]) for r in load("cpu") if "command" not in r}
-    assert older_ones == {(model, 0) for model in ("hybrid_linear", *same)}  # "but `hybrid_late`"
     assert_readme_says(
-        "`interleaved`, {:+.2f} points on CIFAR-10 (95 % interval: {:.2f} to {:.2f}) and {:+.2f} "
-        "on CIFAR-100 ({:.2f} to {:.2f})".format(*interleaved),
-        "On CIFAR-10, three seeds [on CPUs](results/cpu/table.md) gain {6:+.2f} ({7:.2f} to "
-        "{8:.2f}), more than the paper's run.".format(*interleaved),
-        "`hybrid_linear` gains {:+.2f} points on CIFAR-10 ([on CPUs](results/cpu/table.md), {:.2f} "
-        "to {:.2f}) and {:+.2f} on CIFAR-100 ({:.2f} to {:.2f}); both intervals end far below the "
-        "paper's gains.".format(*linears),
-        "`hybrid`, the stem loses {:.2f} on CIFAR-100 ({:.2f} to {:.2f}) and, with three seeds on "
-        "CPUs, {:.2f} on CIFAR-10 ({:.2f} to {:.2f}; the H100's two, {:.2f}, can't decide: {:.2f} "
-        "to {:.2f}).".format(*hybrid),
-        "by {:.2f} points on CIFAR-10 ({:.2f} to {:.2f}) and by {:.2f} on CIFAR-100 ({:.2f} to "
-        "{:.2f}). Whether it is better than none is open: it ends above `mixer` with each seed, by "
-        "{:.2f} ({:.2f} to {:.2f}) and by {:.2f} ({:.2f} to {:.2f}), but on CIFAR-100 with a "
-        "higher test loss. Whether it is better than the text's stem is open too: on CIFAR-100 it "
-        "ends {:.2f} above `hybrid_linear` ({:.2f} to {:.2f}).".format(*late),
-        "Two seeds of CIFAR-10 on CPUs lead all three, `hybrid` by {:.2f} ({:.2f} to {:.2f}), "
-        "`mixer` by {:.2f} ({:.2f} to {:.2f}) and `hybrid_linear` by {:.2f} ({:.2f} to {:.2f}), "
-        "but".format(*intervals(*late_on_cpus)),
-        f"seeds of one model differ by up to {spread:.2f} points",
-        f"it ends at {mixer:.2f} %, {mixer - older[0]:.2f} points above the run that it replaced",
-        f"Older versions' three seeds were at {hm.mean_std(older)}, so that it is just above",
-        "seed 0 of `mixer`, `hybrid` and `interleaved` within "
-        f"{first:.2f} points of seed 0 on the H100; the present one has seed 1 of the three within "
-        f"{second:.2f} points. Both seeds of `hybrid_late` end lower on CPUs, by "
-        "{:.2f} and {:.2f}, which may be chance.".format(*(lower[run] for run in sorted(lower))),
+        "`interleaved` gains {:.2f} points on CIFAR-10 (95 % interval: {:.2f} to {:.2f}; the "
+        "paper, at its best epochs, {paper[0]:.2f}) and {:.2f} on CIFAR-100 ({:.2f} to {:.2f}; the "
+        "paper {paper[1]:.2f})".format(*interleaved, paper=papers),
+        "`hybrid_linear` gains {:+.2f} points on CIFAR-10 ({:.2f} to {:.2f}) and {:+.2f} on "
+        "CIFAR-100 ({:.2f} to {:.2f}); both intervals end far below the paper's gains.".format(
+            *linears
+        ),
+        "`hybrid`, the stem loses {:.2f} on CIFAR-10 ({:.2f} to {:.2f}) and {:.2f} on CIFAR-100 "
+        "({:.2f} to {:.2f}).".format(*hybrid),
+        "ends above `hybrid`, by {:.2f} points on CIFAR-10 ({:.2f} to {:.2f}) and by {:.2f} on "
+        "CIFAR-100 ({:.2f} to {:.2f}). On CIFAR-10 it is also better than the text's stem, {:.2f} "
+        "above `hybrid_linear` ({:.2f} to {:.2f}), and, only just clearly, than none, {:.2f} above "
+        "`mixer` ({:.2f} to {:.2f}). On CIFAR-100 both are open: it ends {:.2f} above "
+        "`hybrid_linear` ({:.2f} to {:.2f}) and {:.2f} above `mixer` ({:.2f} to {:.2f}), but with "
+        "a higher test loss than `mixer`.".format(*late),
         "gains {:.2f} points on CIFAR-10, {:.2f} on CIFAR-100".format(*papers),
         "(`hybrid_linear`): {0:+.2f} and {3:+.2f}; the".format(*linears),
         "the code's model: {0:+.2f} and {3:+.2f} |".format(*interleaved),
         f"{more:,} more than `mixer`, {100 * more / sizes['mixer']:+.1f} %",
-        "`interleaved_3`: {:+.2f} on CIFAR-10 ({:.2f} to {:.2f}) and {:+.2f} on CIFAR-100 ({:.2f} "
+        "`interleaved_3`: {:+.2f} on CIFAR-10 ([on the H100](#more-results), {:.2f} to {:.2f}) and "
+        "{:+.2f} on CIFAR-100 ({:.2f} "
         "to {:.2f}). It has {:,} parameters fewer than `interleaved`, with no clear difference in "
         "accuracy ({:+.2f} on CIFAR-10, {:.2f} to {:.2f}; {:+.2f} on CIFAR-100, {:.2f} to "
         "{:.2f}). In all five pairs of runs, its train loss".format(*third[:6], fewer, *third[6:]),
     )
     # "a lower train loss and a higher test loss": the first model's, with each seed.
     compared = [pairs(*column, "hybrid") for column in columns]
-    compared += [pairs(*column, "interleaved_3", "interleaved") for column in columns[:2]]
+    compared += [pairs(*column, "interleaved_3", "interleaved") for column in columns[1:]]
     for group in compared:
         assert group
         for run, other in group:
@@ -1815,11 +1784,59 @@ def test_readmes_findings_are_those_of_the_results():
         assert run["test_loss"][-1] > mixer["test_loss"][-1]
 
 
+def test_readme_tells_what_the_h100_gave():
+    models = "interleaved", "interleaved_3", "hybrid_late", "hybrid"
+    there = {model: gains("h100", "cifar10", model) for model in models}
+    there["hybrid"] *= -1  # "loses"
+    both = load("h100"), load("table1", "cifar10")
+    gpu, cpu = ({(r["model"], r["seed"]): r["accuracy"] for r in runs} for runs in both)
+    higher = {run: gpu[run] - cpu[run] for run in {*gpu} & {*cpu}}
+    same = [(model, seed) for seed in (0, 1) for model in ("mixer", "hybrid", "interleaved")]
+    apart = [abs(higher.pop(run)) for run in same]
+    assert {*higher} == {("hybrid_late", 0), ("hybrid_late", 1)}  # "Both seeds"
+    assert_readme_says(
+        "`interleaved` gains {:.2f} points over `mixer` ({:.2f} to {:.2f}), `interleaved_3` {:.2f} "
+        "({:.2f} to {:.2f}), `hybrid_late` {:.2f} ({:.2f} to {:.2f}), and `hybrid` loses {:.2f} "
+        "({:.2f} to {:.2f}).".format(*intervals(*there.values())),
+        f"`mixer`, `hybrid` and `interleaved` end within {max(apart):.2f} points of the same seeds "
+        "on CPUs. Both seeds of `hybrid_late` end higher, by {:.2f} and {:.2f}, which may be "
+        "chance.".format(*(higher[run] for run in sorted(higher))),
+        f"within {max(apart[:3]):.2f} points of the present version's on the H100",
+    )
+
+
+def test_readme_tells_which_runs_are_of_older_versions_and_how_they_agree():
+    runs = load("table1")
+    assert all(hm.is_cpu(run["device"]) and "tensorflow" in run["backend"] for run in runs)
+    # Older versions didn't write the command.
+    older = {(r["dataset"], r["model"], r["seed"]) for r in runs if "command" not in r}
+    models = "hybrid", "hybrid_linear", "interleaved"
+    assert older == {
+        *itertools.product(["cifar10"], ["mixer", *models], [0]),
+        *itertools.product(["cifar100"], models, [0, 1, 2]),
+        *itertools.product(["cifar100"], ["mixer"], [1, 2]),
+    }
+    spreads = {}
+    for run in runs:
+        spreads.setdefault((run["dataset"], run["model"]), []).append(run["accuracy"])
+    mixer, *others = spreads["cifar100", "mixer"]
+    replaced = [50.06, *others]  # Once in the file that is seed 0's now.
+    assert 0 < mixer - np.mean(replaced) - np.std(replaced, ddof=1) < 0.2  # "just above"
+    reach = [interval(x)[2] / np.std(x, ddof=1) for x in ([-1, 0, 1], [-1, 1])]
+    assert_readme_says(
+        "three seeds they reach {:.1f} times as far as ±, with two {:.1f} times".format(*reach),
+        f"{len(older)} of the table's {len(runs)} runs are from [older versions",
+        f"seeds of one model differ by up to {max(map(np.ptp, spreads.values())):.2f} points",
+        f"it ends at {mixer:.2f} %, {mixer - replaced[0]:.2f} points above the run it replaced",
+        f"Older versions' three seeds were at {hm.mean_std(replaced)}, so that it is just above",
+    )
+
+
 def test_readmes_times_are_those_of_the_results():
-    runs = [run for folder in ("table1", "cpu", "published") for run in load(folder)]
+    runs = [run for folder in ("table1", "published") for run in load(folder)]
     # A pause counts as part of its epoch, so the median epoch tells more than the sum.
-    hours = [r["epochs"] * r["seconds_per_epoch"] / 3600 for r in runs if hm.is_cpu(r["device"])]
-    seconds = [run["seconds_per_epoch"] for run in load("table1", "cifar10")]
+    hours = [run["epochs"] * run["seconds_per_epoch"] / 3600 for run in runs]
+    seconds = [run["seconds_per_epoch"] for run in load("h100")]
     assert_readme_says(
         f"30 epochs of one model (30 times the median epoch) take {min(hours):.1f} to "
         f"{max(hours):.1f} hours on two CPU cores",
@@ -1857,9 +1874,8 @@ def test_readme_compares_the_authors_curves_with_ours():
         interleaved, mixer = (log["train_loss"] for log in logs)
         assert (1 + np.flatnonzero(np.less(mixer, interleaved))).tolist() == [3, 4, 5]
     assert_readme_says(
-        "it is {:+.2f} on CIFAR-10 (theirs {:+.2f}) and {:+.2f} on CIFAR-100 ({:+.2f}).".format(
-            *both
-        ),
+        "the gain is {:+.2f} on CIFAR-10 (theirs {:+.2f}) and {:+.2f} on CIFAR-100 ({:+.2f})."
+        "".format(*both),
         "{:.3f} (`interleaved`) and {:.3f} (`mixer`)".format(*losses[:2]),
         "in epochs 3 to 5, on both data sets",
     )
