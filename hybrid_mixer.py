@@ -865,14 +865,16 @@ def make_table(groups):
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def make_figure(width, height):
-    """Returns an empty figure; it needs no backend, so none that is missing can stop it."""
+def make_figure(width, height, title):
+    """Returns a figure with a title alone; no backend that is missing can stop it."""
     try:
         from matplotlib.figure import Figure
     except ValueError:  # A notebook's MPLBACKEND names what this environment may not have.
         del os.environ["MPLBACKEND"]
         from matplotlib.figure import Figure
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure.suptitle(title, wrap=True)
+    return figure
 
 
 def draw_mean(axis, runs, key, **style):
@@ -895,7 +897,8 @@ def get_color(runs):
 def plot_panels(groups, title, path):
     """Draws test accuracy over epochs, a panel for each group, the first one grey in all."""
     first, rows = next(iter(groups)), math.ceil(len(groups) / 4)
-    figure = make_figure(10, 2 * rows + 0.5)
+    title = f"{title}: test accuracy in %, that of {first} in grey"
+    figure = make_figure(10, 2 * rows + 0.5, title)
     axes = figure.subplots(rows, 4, sharey=True, squeeze=False).ravel()
     for axis, (name, runs) in zip(axes, groups.items()):
         draw_mean(axis, groups[first], "test_accuracy", color="silver")
@@ -903,14 +906,13 @@ def plot_panels(groups, title, path):
         axis.set_title(f"{name}: {end:.1f}".replace(", ", "\n"), fontsize="medium")
     for axis in axes[len(groups) :]:
         axis.remove()
-    figure.suptitle(f"{title}: test accuracy in %, that of {first} in grey")
     figure.supxlabel("epoch")
     figure.savefig(path)
 
 
 def plot_curves(groups, title, path):
     """Draws loss and accuracy over epochs: the mean of all seeds in a band of their deviation."""
-    figure = make_figure(10, 4.5)
+    figure = make_figure(10, 4.5, title)
     loss, accuracy = figure.subplots(1, 2)
     styles = ["-", "--", "-.", ":", (0, (1, 4)), (0, (9, 3))]
     dashes = {color: itertools.cycle(styles) for color in COLORS.values()}
@@ -927,7 +929,6 @@ def plot_curves(groups, title, path):
     loss.set(title="loss: test strong, train pale", xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(title="test accuracy", xlabel="epoch", ylabel="%", xmargin=0.1)
     loss.legend(*accuracy.get_legend_handles_labels(), loc="best")
-    figure.suptitle(title)
     figure.savefig(path)
 
 
@@ -954,7 +955,7 @@ def map_blocks(path):
 
 def plot_blocks(maps, title, path):
     """Draws what the blocks of each of `{name: map_blocks(file)}` look at: a row for each."""
-    figure = make_figure(10, 1.5 * len(maps) + 0.5)
+    figure = make_figure(10, 1.5 * len(maps) + 0.5, title)
     axes = figure.subplots(len(maps), max(map(len, maps.values())), squeeze=False)
     for row, (name, blocks) in zip(axes, maps.items()):
         row[0].set_ylabel(name)
@@ -963,7 +964,6 @@ def plot_blocks(maps, title, path):
             axis.set(xticks=[], yticks=[], title=block.replace("_", " "))
         for axis in row[len(blocks) :]:
             axis.remove()
-    figure.suptitle(title)
     figure.savefig(path)
 
 

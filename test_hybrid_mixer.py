@@ -1592,6 +1592,23 @@ def test_titles_say_what_curves_share_but_not_the_hardware(figures, tmp_path):
                       "shapes, 30 epochs, 1 to 3 seeds"]  # fmt: skip
 
 
+def test_long_titles_are_drawn_whole_and_cover_nothing(figures, tmp_path):
+    settings = {"weight_decay": 0.05, "dropout": 0.0, "patch_size": 2, "tokens_mlp_dim": 32,
+                "channels_mlp_dim": 216, "precision": "mixed_bfloat16"}  # fmt: skip
+    for model in ("mixer", "hybrid", "hybrid_late", "interleaved", "interleaved_1"):
+        fake_run(tmp_path, model, 0, 0.8, **settings)
+    hm.report(tmp_path)
+    hm.plot_panels({"mixer": hm.load_results(tmp_path)}, "word " * 40, tmp_path / "panels.png")
+    hm.plot_blocks({"mixer": {"block_1": np.ones((3, 3))}}, "word " * 40, tmp_path / "blocks.png")
+    assert len(figures) == 3
+    for figure in figures:
+        (title,) = (text for text in figure.texts if text.get_text() == figure.get_suptitle())
+        box = title.get_window_extent()
+        (left, bottom), (right, top) = figure.bbox.min, figure.bbox.max
+        assert left <= box.x0 and box.x1 <= right and box.y1 <= top
+        assert box.y0 >= max(axis.get_tightbbox().y1 for axis in figure.axes) > bottom
+
+
 def test_of_models_with_fewer_blocks_no_empty_frames_are_drawn(figures, tmp_path):
     maps = {
         name: {f"block_{i}": np.ones((3, 3)) for i in range(n)} for name, n in (("a", 2), ("b", 4))
