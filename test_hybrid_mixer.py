@@ -1671,15 +1671,20 @@ def test_tables_agree_with_the_results_and_the_readme_with_the_tables(folder, tm
 
 
 @functools.cache
-def load(folder, dataset=None):
-    """Returns the results in a folder, in that of all or of one data set."""
-    return [r for r in hm.load_results(RESULTS / folder) if dataset in (None, r["dataset"])]
+def load(folder, dataset=None, model=None):
+    """Returns the results in a folder, of all or of one data set, of all or of one model."""
+    return [run for run in hm.load_results(RESULTS / folder)
+            if dataset in (None, run["dataset"]) and model in (None, run["model"])]  # fmt: skip
+
+
+def accuracies(*names):
+    return [run["accuracy"] for run in load(*names)]
 
 
 def pairs(folder, dataset, model, other="mixer"):
     """Returns each run of a model and the one of the other model that has its seed."""
-    base = {run["seed"]: run for run in load(folder, dataset) if run["model"] == other}
-    return [(run, base[run["seed"]]) for run in load(folder, dataset) if run["model"] == model]
+    base = {run["seed"]: run for run in load(folder, dataset, other)}
+    return [(run, base[run["seed"]]) for run in load(folder, dataset, model)]
 
 
 def gains(*names):
@@ -1894,8 +1899,10 @@ def test_readmes_times_are_those_of_the_results():
         "a run's median epoch of CIFAR-10 took "
         f"{min(seconds):.1f} to {max(seconds):.1f} seconds beside",
     )
-    nine, none = ([run["train_images_per_second"] for run in load("speed") if run["model"] == model]
-                  for model in ("interleaved_1", "mixer"))  # fmt: skip
+    nine, none = (
+        [run["train_images_per_second"] for run in load("speed", "shapes", model)]
+        for model in ("interleaved_1", "mixer")
+    )
     assert max(nine) < min(none)  # "trains more slowly"
     assert_readme_says(f"({max(nine):.0f} images/s at most) trains more slowly than one with none "
                        f"({min(none):.0f} at least)")  # fmt: skip
@@ -1936,9 +1943,9 @@ def test_readme_compares_the_authors_curves_with_ours():
 def test_readme_tells_of_the_study_and_the_shapes_what_the_results_do():
     (study,) = pairs("study", "cifar10", "hybrid")
     loss = [run[key][-1] for key in ("train_loss", "test_loss") for run in study]
-    shapes = [hm.mean_std([run["accuracy"] for run in load("shapes") if run["model"] == model])
-              for model in ("mixer", "hybrid", "interleaved")]  # fmt: skip
-    demo = [run["accuracy"] for run in load("demo")]
+    models = "mixer", "hybrid", "interleaved"
+    shapes = [hm.mean_std(accuracies("shapes", "shapes", model)) for model in models]
+    demo = accuracies("demo")
     linear = hm.mean_std([*gains("speed", "shapes", "hybrid_linear")])
     assert_readme_says(
         "a train loss like that of `mixer` ({:.3f} and {:.3f}) and a higher test loss "
