@@ -374,8 +374,8 @@ def find_builder(name, data_dir, image_size):
     try:
         builder = tfds.ImageFolder(str(folder)) if folder else tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError, ImportError) as error:
-        raise UserError(f"{told}, as a folder of pictures or from tensorflow-datasets: "
-                        f"{first_line(error)}") from error  # fmt: skip
+        raise UserError(f"{told}: no folder of this name has train/ in it, and tensorflow-datasets "
+                        f"says: {first_line(error)}") from error  # fmt: skip
     keys = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
     kinds = [builder.info.features[key] for key in keys]
     if [type(kind) for kind in kinds] != [tfds.features.Image, tfds.features.ClassLabel]:
@@ -805,7 +805,8 @@ def read_run(path):
     changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
     device = "CPU" if is_cpu(run["device"]) else run["device"]  # CPUs of any make.
     run["hardware"] = f"{device}, {run['backend']}"
-    run["conditions"] = [f"{run['epochs']} epochs", *changes, run["hardware"]]
+    epochs = f"{run['epochs']} epoch{'s' * (run['epochs'] > 1)}"
+    run["conditions"] = [epochs, *changes, run["hardware"]]
     order = ([*MODELS].index(run["model"]), run["conditions"], int(run["seed"]))
     return {**run, "order": (str(run["dataset"]), *order)}
 
@@ -885,7 +886,7 @@ def draw_mean(axis, runs, key, **style):
     axis.plot(epochs, mean, marker=".", markevery=[-1], **style)
     axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3)
-    axis.locator_params("x", integer=True)
+    axis.locator_params("x", integer=True, min_n_ticks=1)
     return mean[-1]
 
 
@@ -1043,17 +1044,26 @@ def define_flags():
 
 def sweep(values, folder):
     """Trains all combinations of data set, seed and model that have no result yet."""
+
+    def is_done(path):
+        return path.exists() and not values["overwrite"]
+
+    runs = []
     for dataset, seed, model in itertools.product(*(values[key] for key in RUN)):
         folder_of_pictures = find_folder(dataset)
         name = folder_of_pictures.name if folder_of_pictures else dataset
         settings = {"dataset": name, "model": model, "seed": int(seed)}
         settings |= {key: values[key] for key in DEFAULTS}
-        path = folder / f"{run_name(settings)}.json"
-        if path.exists() and not values["overwrite"]:
+        runs.append((folder / f"{run_name(settings)}.json", settings, dataset))
+    wanted = [values[key] for key in ("data_dir", "image_size", "validation_split")]
+    for path, _, dataset in reversed(runs):  # What can't be had is told before hours of training.
+        if not is_done(path):
+            load_data(dataset, *wanted)
+    for path, settings, dataset in runs:
+        if is_done(path):
             print(f"{path} is done already; --overwrite would run it again.")
-            continue
-        wanted = (values[key] for key in ("data_dir", "image_size", "validation_split"))
-        train(settings, load_data(dataset, *wanted), folder, dataset)
+        else:
+            train(settings, load_data(dataset, *wanted), folder, dataset)
 
 
 def main(argv):
@@ -1085,7 +1095,7 @@ def main(argv):
     except OSError as error:  # Of writing results: it names the file and what is wrong with it.
         sys.exit(f"hybrid_mixer.py: {error}: mend that or give another --output_dir.")
     except KeyboardInterrupt:
-        sys.exit("hybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")
+        sys.exit("\nhybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")
 
 
 if __name__ == "__main__":

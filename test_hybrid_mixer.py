@@ -774,8 +774,18 @@ def test_unreachable_data_ends_soon_and_says_what_to_do(monkeypatch, tmp_path):
         hm.load_data("mnist", str(tmp_path))
     assert sum(slept) < 30
     for name in ("mnits", "no/such folder", "mnist:9.9.9", "mnist/no_such_config"):
-        with pytest.raises(hm.UserError, match=f"{name!r} can't be had, as a folder.*or from"):
+        with pytest.raises(hm.UserError, match=f"{name!r} can't be had: no folder.*train/.* says"):
             hm.load_data(name, str(tmp_path))
+
+
+def test_data_that_cannot_be_had_is_told_before_any_training(main, monkeypatch, tmp_path):
+    monkeypatch.setattr(hm, "train", mock.Mock())
+    fake_run(tmp_path, "hybrid", 0, 0.5, dataset="data of a finished run")
+    with pytest.raises(SystemExit, match="'mnits' can't be had"):
+        main("--dataset=data of a finished run,shapes,mnits")
+    assert not hm.train.called
+    main("--dataset=data of a finished run,shapes")
+    assert hm.train.call_count == 1
 
 
 class Tiles(tfds.core.GeneratorBasedBuilder):
@@ -1590,6 +1600,15 @@ def test_titles_say_what_curves_share_but_not_the_hardware(figures, tmp_path):
     titles = [figure.get_suptitle() for figure in figures]
     assert titles == ["CIFAR-10, 2 epochs, 1 seed", "CIFAR-100, 30 epochs, 1 seed",
                       "shapes, 30 epochs, 1 to 3 seeds"]  # fmt: skip
+
+
+def test_one_epoch_is_a_point_above_a_whole_number(figures, tmp_path):
+    fake_run(tmp_path, "mixer", 0, 0.70, epochs=1)
+    hm.report(tmp_path)
+    assert figures[0].get_suptitle() == "CIFAR-10, 1 epoch, 1 seed"
+    for axis in figures[0].axes:
+        left, right = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if left <= tick <= right] == [1]
 
 
 def test_long_titles_are_drawn_whole_and_cover_nothing(figures, tmp_path):
