@@ -6,13 +6,14 @@ convolutions, 3x3 depthwise and then 1x1, mix neighbours before or after its blo
 
     python hybrid_mixer.py --dataset cifar100 --model hybrid
 
-trains for 30 epochs and writes result, model, plots and table to results/ (see README.md). What
-the authors' code trained is `--model interleaved`, and `hybrid` its first convolution alone.
+trains for 30 epochs and writes result, model, plots and table to results/ (see README.md). The
+paper's text describes `hybrid`; what its authors' code trained is `--model interleaved`.
 """
 
+import collections
+import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -24,16 +25,18 @@ import random
 import re
 import shlex
 import sys
+import tempfile
 import time
 import zipfile
-from typing import NamedTuple
+import zlib
 
 import numpy as np
 from absl import app, flags, logging
 
-if __name__ == "__main__":  # TensorFlow reads both as it starts.
+if __name__ == "__main__":  # TensorFlow and Keras read these as they start.
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # On a CPU up to 1.4 times as fast.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # Hides information, not warnings.
+    os.environ["MPLBACKEND"] = "agg"  # A notebook's may not be installed here.
 
 import keras
 from keras import layers, ops
@@ -72,10 +75,10 @@ class ConvStem(layers.Layer):
         self.residual = residual
 
     def build(self, input_shape):
-        if len(input_shape) != 4 or not hasattr(input_shape[-1], "__index__"):
+        if len(input_shape) != 4 or not isinstance(input_shape[-1], int):
             wanted = "(batch, height, width, channels), channels known"
             raise ValueError(f"ConvStem takes {wanted}. Received: input_shape={input_shape}")
-        channels = int(input_shape[-1])
+        channels = input_shape[-1]
         self.input_spec = layers.InputSpec(ndim=4, axes={-1: channels})
         spatial = keras.initializers.RandomUniform(-1 / 3, 1 / 3)  # 9 values in: 1/sqrt(9).
         across = keras.initializers.RandomUniform(-(channels**-0.5), channels**-0.5)
@@ -95,11 +98,9 @@ class ConvStem(layers.Layer):
             self.norm.build(input_shape)
 
     def call(self, inputs, training=None):
-        inputs = ops.cast(inputs, self.compute_dtype)
         x = self.pointwise(self.depthwise(inputs))
         if not self.linear:
             x = ops.gelu(self.norm(x, training=training), approximate=False)
-        x = ops.cast(x, self.compute_dtype)  # A policy map may give a part another dtype.
         return inputs + x if self.residual else x
 
     def compute_output_shape(self, input_shape):
@@ -131,7 +132,7 @@ class MixerBlock(layers.Layer):
 
     Input shape: `(batch, tokens, channels)`; tokens and channels are fixed when it is built.
     Output shape: that of the input.
-    Raises: `ValueError` for other shapes, and for invalid sizes, rates and seeds.
+    Raises: `ValueError` for other shapes, and for invalid sizes and rates.
     Reference: Tolstikhin et al., 2021; Kanazi, Mnaa and Eisa, equations 1 and 2.
 
     >>> MixerBlock(tokens_mlp_dim=64, channels_mlp_dim=256)(keras.Input((48, 128))).shape
@@ -142,25 +143,20 @@ class MixerBlock(layers.Layer):
         super().__init__(**kwargs)
         sizes = {"tokens_mlp_dim": tokens_mlp_dim, "channels_mlp_dim": channels_mlp_dim}
         for name, size in sizes.items():
-            if not hasattr(size, "__index__") or size < 1:  # NumPy's integers have it too.
+            if not isinstance(size, int) or size < 1:
                 raise ValueError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
-        if not hasattr(dropout, "__float__") or not 0 <= dropout < 1:
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be from 0 to below 1. Received: dropout={dropout}")
-        if seed is not None and not hasattr(seed, "__index__"):
-            raise ValueError(f"`seed` must be a whole number or None. Received: seed={seed}")
-        self.tokens_mlp_dim, self.channels_mlp_dim = int(tokens_mlp_dim), int(channels_mlp_dim)
-        self._dropout = float(dropout)  # Read-only, since `build` gives it to a layer.
-        self.seed = seed if seed is None else int(seed)
-
-    @property
-    def dropout(self):
-        return self._dropout
+        self.tokens_mlp_dim = tokens_mlp_dim
+        self.channels_mlp_dim = channels_mlp_dim
+        self.dropout = dropout
+        self.seed = seed
 
     def build(self, input_shape):
-        if len(input_shape) != 3 or not all(hasattr(n, "__index__") for n in input_shape[1:]):
+        if len(input_shape) != 3 or not all(isinstance(size, int) for size in input_shape[1:]):
             wanted = "(batch, tokens, channels), both known, so flatten a grid with Reshape"
             raise ValueError(f"MixerBlock takes {wanted}. Received: input_shape={input_shape}")
-        tokens, channels = map(int, input_shape[1:])  # `Dense` refuses NumPy's integers.
+        _, tokens, channels = input_shape
         self.input_spec = layers.InputSpec(shape=(None, tokens, channels))
         # What a frozen block is made of has to be frozen too, also when it is loaded.
         common = {"dtype": self.dtype_policy, "trainable": self.trainable}
@@ -187,20 +183,14 @@ class MixerBlock(layers.Layer):
         self.drop = layers.Dropout(self.dropout, seed=self.seed, **common)
 
     def call(self, inputs, training=None):
-        inputs = ops.cast(inputs, self.compute_dtype)
-        x = ops.transpose(self.token_norm(inputs), (0, 2, 1))
-        x = self._mlp(x, self.token_hidden, self.token_output, training)
-        inputs = inputs + ops.transpose(x, (0, 2, 1))
-        x = self.channel_norm(inputs)
-        return inputs + self._mlp(x, self.channel_hidden, self.channel_output, training)
-
-    def _mlp(self, x, hidden, output, training):
-        if not self.dropout:  # Without a `Dropout`, `keras.RematScope` works on JAX.
-            x = output(hidden(x))
-        else:
+        def mlp(x, hidden, output):
             x = self.drop(hidden(x), training=training)
-            x = self.drop(output(x), training=training)
-        return ops.cast(x, self.compute_dtype)  # A policy map may give a part another dtype.
+            return self.drop(output(x), training=training)
+
+        x = ops.transpose(self.token_norm(inputs), (0, 2, 1))
+        x = mlp(x, self.token_hidden, self.token_output)
+        inputs = inputs + ops.transpose(x, (0, 2, 1))
+        return inputs + mlp(self.channel_norm(inputs), self.channel_hidden, self.channel_output)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -217,67 +207,48 @@ class UserError(ValueError):
 
 CHANNELS_LAST = {"data_format": "channels_last"}  # Whatever a user's keras.json says.
 
-
-class Design(NamedTuple):
-    """What a model has beside patch embedding, Mixer blocks and head."""
-
-    text: str  # What it is, for the table.
-    stem: dict | None = None  # Arguments of a `ConvStem` after patch embedding; None: no stem.
-    conv_every: int | None = None  # A `ConvStem` follows every so many blocks; None: never.
-    last_conv: float = math.inf  # No `ConvStem` follows a block after this one.
-    residual: bool = False  # Whether those after blocks are added to their input.
-
-
+# Where a model has convolutions: place 0 is before block 1, place 2 after block 2; places after the
+# last block don't count. Beside each place stand the arguments of its `ConvStem`. A line of your
+# own is a model of your own.
 MODELS = {
-    "mixer": Design("no convolution: the paper's baseline"),
-    "hybrid": Design("a stem with batch norm and GELU", stem={}),
-    "hybrid_linear": Design(
-        "a stem as in the paper's text: convolutions alone", stem={"linear": True}
-    ),
-    "hybrid_residual": Design("a residual stem: added to its input", stem={"residual": True}),
-    "hybrid_late": Design("one convolution, after block 1", conv_every=1, last_conv=1),
-    "interleaved": Design(
-        "a stem, a convolution after every 2nd block: the paper's code", stem={}, conv_every=2
-    ),
-    "interleaved_no_stem": Design("one convolution after every 2nd block, no stem", conv_every=2),
-    "interleaved_residual": Design(
-        "interleaved, but residual after blocks", stem={}, conv_every=2, residual=True
-    ),
-    "interleaved_4": Design("a stem, a convolution after every 4th block", stem={}, conv_every=4),
-    "interleaved_3": Design("a stem, a convolution after every 3rd block", stem={}, conv_every=3),
-    "interleaved_1": Design("a stem, a convolution after every block", stem={}, conv_every=1),
+    "mixer": {},  # The paper's baseline.
+    "hybrid": {0: {"linear": True}},  # The paper's text.
+    "hybrid_late": {1: {"linear": True}},
+    "hybrid_norm": {0: {}},  # The text's place, with batch norm and GELU as in the authors' code.
+    "hybrid_norm_late": {1: {}},
+    "hybrid_residual": {0: {"residual": True}},
+    "interleaved": {place: {} for place in range(0, 100, 2)},  # The authors' code.
+    "interleaved_no_stem": {place: {} for place in range(2, 100, 2)},
+    "interleaved_residual": {place: {"residual": place > 0} for place in range(0, 100, 2)},
+    "interleaved_4": {place: {} for place in range(0, 100, 4)},
+    "interleaved_3": {place: {} for place in range(0, 100, 3)},  # The paper's future work.
+    "interleaved_1": {place: {} for place in range(100)},
 }
 
 
 def build_model(
     model="hybrid", image_shape=(32, 32, 3), num_classes=10, patch_size=4, hidden_dim=128,
-    num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=256, dropout=0.15,
+    num_blocks=8, tokens_mlp_dim=64, channels_mlp_dim=256, dropout=0.15, shuffle_patches=0,
 ):  # fmt: skip
-    """Builds one of the `MODELS`: by default with one stem, where the paper's text puts it.
+    """Builds one of the `MODELS`: by default the one that the paper's text describes.
 
     Args:
         model: str, a key of `MODELS`.
         image_shape: `(height, width, channels)`, height and width multiples of `patch_size`.
         num_classes, patch_size (pixels), hidden_dim (channels of a token), num_blocks: int.
         tokens_mlp_dim, channels_mlp_dim, dropout: of each `MixerBlock`.
+        shuffle_patches: int, seed of one fixed order of the patches for all images; 0: their own.
 
     Returns a Functional `keras.Model` from normalised images `(batch, height, width, channels)` to
-    float32 logits `(batch, num_classes)`. Raises `ValueError` for what can't be built.
+    float32 logits `(batch, num_classes)`. Raises `UserError` for an unknown model, and for images
+    that aren't whole patches.
     """
     if model not in MODELS:
         raise UserError(f"`model` must be one of {', '.join(MODELS)}. Received: model={model}")
-    sizes = [("num_classes", num_classes), ("patch_size", patch_size), ("hidden_dim", hidden_dim),
-             ("num_blocks", num_blocks), *(("image_shape", n) for n in image_shape)]  # fmt: skip
-    for name, size in sizes:
-        if not hasattr(size, "__index__") or size < 1:
-            raise UserError(f"`{name}` must be a whole number from 1. Received: {name}={size}")
-    # Keras refuses NumPy's integers for some of these.
-    num_classes, patch_size, hidden_dim, num_blocks, *image_shape = (int(size) for _, size in sizes)
     height, width, channels = image_shape
     if height % patch_size or width % patch_size:
         raise UserError(f"{height}x{width} pixels aren't whole patches: give a --patch_size that "
                         f"divides both. Received: {patch_size}")  # fmt: skip
-    design = MODELS[model]
     grid = (height // patch_size, width // patch_size, hidden_dim)
     tokens = (grid[0] * grid[1], hidden_dim)
 
@@ -285,19 +256,24 @@ def build_model(
         names, bound = ("kernel_initializer", "bias_initializer"), fan_in**-0.5
         return {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
 
+    def convolve(x, place):
+        if place not in MODELS[model]:
+            return x
+        stem = ConvStem(**MODELS[model][place], name=f"conv_{place}" if place else "stem")
+        return layers.Reshape(tokens)(stem(layers.Reshape(grid)(x)))
+
     images = keras.Input(image_shape, dtype="float32", name="images")
     embed = {**uniform(patch_size**2 * channels), **CHANNELS_LAST, "name": "patch_embedding"}
     x = layers.Conv2D(hidden_dim, patch_size, patch_size, **embed)(images)
-    if design.stem is not None:
-        x = ConvStem(**design.stem, name="stem")(x)
     x = layers.Reshape(tokens)(x)
+    if shuffle_patches:
+        x = ops.take(x, np.random.default_rng(shuffle_patches).permutation(tokens[0]), axis=1)
+    x = convolve(x, 0)
     for i in range(1, num_blocks + 1):
         # Drawn without dropout too, or later layers' first weights would depend on `dropout`.
         block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
         x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
-        if design.conv_every and i % design.conv_every == 0 and i <= design.last_conv:
-            x = ConvStem(residual=design.residual, name=f"conv_{i}")(layers.Reshape(grid)(x))
-            x = layers.Reshape(tokens)(x)
+        x = convolve(x, i)
     x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
     x = layers.GlobalAveragePooling1D(**CHANNELS_LAST, name="mean_of_tokens")(x)
     head = layers.Dense(num_classes, **uniform(hidden_dim), dtype="float32", name="head")
@@ -305,36 +281,28 @@ def build_model(
 
 
 # -------------------------------------------------------------------------------------- data
-@functools.lru_cache(maxsize=1)  # The next run of a sweep finds its data.
 def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
     """Loads `shapes`, a folder of pictures or a data set of tensorflow-datasets.
 
     Args:
-        name: str, `shapes`, a folder with `train/CLASS/*.jpg` in it, or a name that tfds knows.
+        name: str, `shapes`, a folder with `train/CLASS/` and `test/CLASS/` in it (its name needs a
+            slash, as in `./pets`), or a name that tfds knows.
         data_dir: str or `None`, where tensorflow-datasets keeps its files.
-        image_size: int, pixels of both sides to scale images to; 0: leave them as they are.
+        image_size: int, pixels of both sides to fit images to; 0: leave them as they are.
         validation_split: float, last share of the train images to test on instead; 0: none.
 
     Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height, width,
-    channels)`, int labels `(n,)`, a list of strings; for the same arguments as in the last call,
-    the same objects. Raises `UserError` if they can't be loaded.
+    channels)`, int labels `(n,)`, a list of strings. Raises `UserError` if they can't be loaded.
     """
+    wanted = ["train"] if validation_split else ["train", "test"]
     if name == "shapes":
         *splits, class_names = draw_shapes()
         if image_size:
-            splits = [(scale(images, image_size).numpy(), labels) for images, labels in splits]
+            splits = [fit_pairs(zip(*split), image_size) for split in splits]
+    elif folder := find_folder(name):
+        splits, class_names = read_folder(folder, wanted, image_size)
     else:
-        builder = find_builder(name, data_dir, image_size)
-        class_names = builder.info.features[builder.info.supervised_keys[1]].names
-        sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-        second = next((split for split in ("test", "validation") if sizes.get(split)), None)
-        if not sizes.get("train") or not (second or validation_split):
-            raise UserError(
-                f"Data set {name!r} needs images to train on and a test or validation split (or a "
-                f"--validation_split of train). Received: {', '.join(sizes) or 'no split'}"
-            )
-        wanted = ["train"] if validation_split else ["train", second]
-        splits = [read_split(builder, split, image_size) for split in wanted]
+        splits, class_names = read_tfds(name, wanted, data_dir, image_size)
     if validation_split:
         images, labels = splits[0]
         cut = len(images) - math.ceil(validation_split * len(images))
@@ -342,96 +310,95 @@ def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
     return *splits, class_names
 
 
-def import_tensorflow():
-    """Returns TensorFlow; beside another backend it only reads files and leaves GPUs alone."""
-    import tensorflow as tf
+def find_folder(name):
+    """Returns the path of a folder, if `name` has a slash in it and is one, or `None`."""
+    path = pathlib.Path(name).expanduser()
+    return path.resolve() if "/" in name.replace(os.sep, "/") and path.is_dir() else None
 
-    if keras.backend.backend() != "tensorflow":
+
+def fit_picture(picture, size):
+    """Returns a Pillow image as uint8 `(size, size, 3)`: upright, on white, cut to a square.
+
+    Raises `ValueError` for more than 8 bits a channel, which Pillow would turn white.
+    """
+    from PIL import Image, ImageOps
+
+    if picture.mode[0] in "IF":
+        raise ValueError("a picture must have 8 bits a channel")
+    picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.asarray(ImageOps.fit(picture.convert("RGB"), (size, size)))
+
+
+def fit_pairs(pairs, size):
+    """Returns images, fitted to `size`, and labels of pairs of an array and a label."""
+    to_picture = functools.partial(keras.utils.array_to_img, scale=False, **CHANNELS_LAST)
+    fitted = [(fit_picture(to_picture(image), size), label) for image, label in pairs]
+    images, labels = zip(*fitted)
+    return np.stack(images), np.array(labels)
+
+
+def read_folder(folder, splits, size):
+    """Returns `[(images, labels), ...]` and class names of a folder's pictures, fitted to `size`.
+
+    Files and folders whose names start with a dot are neither pictures nor classes.
+    """
+    from PIL import Image
+
+    def read(path):
+        with contextlib.suppress(Exception), Image.open(path) as picture:
+            return fit_picture(picture, size)
+
+    if not size:
+        raise UserError(f"Pictures in {folder} may have several sizes: give an --image_size.")
+    second = "test" if (folder / "test").is_dir() else "validation"
+    names = sorted(path.name for path in (folder / "train").glob("[!.]*") if path.is_dir())
+    if len(names) < 2:
+        raise UserError(f"{folder / 'train'} needs two folders of pictures or more, one a class.")
+    data, endings = [], Image.registered_extensions()
+    for split in (folder / {"train": "train", "test": second}[split] for split in splits):
+        files = sorted(f for f in split.glob("[!.]*/[!.]*") if f.suffix.lower() in endings)
+        if wrong := {*names} ^ {file.parent.name for file in files}:
+            raise UserError(f"{split} needs pictures of the classes that train/ has (or give a "
+                            f"--validation_split). Wrong: {', '.join(sorted(wrong))}.")  # fmt: skip
+        random.Random(0).shuffle(files)  # So that a last share of them has all classes.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            images = list(pool.map(read, files))
+        if broken := [str(file) for file, image in zip(files, images) if image is None]:
+            raise UserError(f"Fix or delete what is no 8-bit picture: {', '.join(broken)}.")
+        data.append((np.stack(images), np.array([names.index(f.parent.name) for f in files])))
+    return data, names
+
+
+def read_tfds(name, splits, data_dir, size):
+    """Returns `[(images, labels), ...]` and class names of a data set of tensorflow-datasets."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    if keras.backend.backend() != "tensorflow":  # Then it reads files, and leaves GPUs alone.
         with contextlib.suppress(RuntimeError):  # A user's code has started it already.
             tf.config.set_visible_devices([], "GPU")
-    return tf
-
-
-def find_folder(name):
-    """Returns the path of a folder with splits of pictures in it, or `None` if it's none."""
-    folder = pathlib.Path(name).expanduser().resolve()
-    splits = (folder / split for split in ("train", "test", "validation"))
-    return folder if any(split.is_dir() for split in splits) else None
-
-
-def list_pictures(folder, pattern):
-    """Returns the files in a folder that `tfds.ImageFolder` takes for pictures."""
-    return [f for f in folder.glob(pattern) if f.suffix.lower() in (".jpg", ".jpeg", ".png")]
-
-
-def find_builder(name, data_dir, image_size):
-    """Returns the `tfds.core.DatasetBuilder` of images and labels; its files are there."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download import downloader
-
-    import_tensorflow()
-    told, folder = f"Data set {name!r} can't be had", find_folder(name)
+    print(f"Preparing {name}, a download unless it is there", flush=True)
     try:
-        builder = tfds.ImageFolder(str(folder)) if folder else tfds.builder(name, data_dir=data_dir)
-    except (ValueError, AssertionError, ImportError) as error:
-        raise UserError(f"{told}: no folder of this name has train/ in it, and tensorflow-datasets "
-                        f"says: {first_line(error)}") from error  # fmt: skip
-    keys = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
-    kinds = [builder.info.features[key] for key in keys]
-    if [type(kind) for kind in kinds] != [tfds.features.Image, tfds.features.ClassLabel]:
-        raise UserError(f"{told}: it has no pairs of one image and one label.")
-    if kinds[0].np_dtype != np.uint8:
-        raise UserError(f"{told}: its images don't have 8 bits a channel.")
-    if None in kinds[0].shape[:2] and not image_size:
-        raise UserError(f"{told}: its images may have several sizes. Give an --image_size.")
-    if folder:
-        for class_name in kinds[1].names:
-            if not list_pictures(folder / "train" / class_name, "*"):
-                raise UserError(f"{folder / 'train' / class_name} has no .jpg or .png: add some "
-                                "or delete the folder.")  # fmt: skip
-        return builder
-    downloader.MAX_RETRIES = 0  # Its ten retries take minutes, and no public option says so.
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    try:
-        builder.download_and_prepare(download_config=config)
-    except Exception as error:  # What a download can fail of has no class in common.
+        builder = tfds.builder(name, data_dir=data_dir)
+        keys = [key for key in builder.info.supervised_keys or () if isinstance(key, str)]
+        kinds = [builder.info.features[key] for key in keys]
+        if [type(kind).__name__ for kind in kinds] != ["Image", "ClassLabel"]:
+            raise ValueError("it has no pairs of an image and a label")
+        if None in kinds[0].shape[:2] and not size:
+            raise ValueError("its images may have several sizes, so give an --image_size")
+        builder.download_and_prepare()
+        second = "test" if "test" in builder.info.splits else "validation"
+        splits = [{"train": "train", "test": second}[split] for split in splits]
+        data = builder.as_dataset(splits, as_supervised=True, batch_size=None if size else -1)
+        data = [fit_pairs(part, size) if size else part for part in tfds.as_numpy(data)]
+        return data, kinds[1].names
+    except Exception as error:  # What a download or a damaged file can fail of is of any class.
+        told = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(
-            f"{told} ({first_line(error)}): mend that, give a --data_dir where it is prepared, or "
-            "take --dataset shapes, which needs no download."
+            f"Data set {name!r} is unavailable ({told}): fix that, or take --dataset shapes, which "
+            "is drawn here, or a folder, whose name needs a slash, as ./pets."
         ) from error
-    return builder
-
-
-def read_split(builder, split, image_size):
-    """Returns a split's images, scaled one by one if a size is given, and labels."""
-    tf = import_tensorflow()
-    dataset = builder.as_dataset(split, as_supervised=True)
-    if image_size:
-        dataset = dataset.map(lambda x, label: (scale(x, image_size), label), tf.data.AUTOTUNE)
-    try:
-        batches = list(dataset.batch(1000).as_numpy_iterator())
-    except tf.errors.OpError as error:
-        files = list_pictures(pathlib.Path(builder.data_dir, split), "*/*")  # If it is a folder.
-        broken = next((file for file in files if not is_picture(file)), builder.data_dir)
-        raise UserError(f"{broken} can't be read: mend or delete it.") from error
-    images, labels = (np.concatenate(part) for part in zip(*batches))
-    return images, labels
-
-
-def is_picture(path):
-    """Tells whether TensorFlow can decode a file as a single picture."""
-    tf = import_tensorflow()
-    try:
-        return tf.io.decode_image(tf.io.read_file(str(path))).shape.rank == 3
-    except tf.errors.OpError:
-        return False
-
-
-def scale(images, size):
-    """Scales images to `size` pixels a side, bilinearly and, where that is smaller, smoothed."""
-    tf = import_tensorflow()
-    images = tf.image.resize(images, (size, size), antialias=True)
-    return tf.saturate_cast(tf.round(images), "uint8")
 
 
 def draw_shapes(num_train=5000, num_test=1000, seed=0):
@@ -541,6 +508,9 @@ def add_preprocessing(network, train_images):
 
 
 # ---------------------------------------------------------------------------------- training
+TEST_BATCH = 400  # Images that are tested at once; up to 16 devices can share them.
+
+
 class Cosine(keras.optimizers.schedules.LearningRateSchedule):
     """Learning rate `peak * (1 + cos(pi * step / half_period)) / 2`, steps counted from 0."""
 
@@ -555,7 +525,7 @@ class Cosine(keras.optimizers.schedules.LearningRateSchedule):
 def make_models(settings, train_images, num_classes):
     """Returns `(network, trainer, classifier)` as `settings` say, the trainer ready for `fit`."""
     sizes = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
-    sizes = {name: settings[name] for name in (*sizes, "dropout")}
+    sizes = {name: settings[name] for name in (*sizes, "dropout", "shuffle_patches")}
     network = build_model(settings["model"], train_images.shape[1:], num_classes, **sizes)
     trainer, classifier = add_preprocessing(network, train_images)
     steps = math.ceil(len(train_images) / settings["batch_size"])  # An epoch's.
@@ -573,18 +543,24 @@ def make_models(settings, train_images, num_classes):
     return network, trainer, classifier
 
 
-def check_data(name, images, labels, num_classes):
-    """Raises `UserError` unless a split's images and labels are what `train` takes."""
-    if images.ndim != 4 or images.dtype != "uint8" or min(images.shape[1:3]) < 5:
-        wanted = "uint8, (n, height, width, channels), of 5 pixels or more"
-        got = f"{images.dtype}, {images.shape}"
-        raise UserError(f"Images of the {name} split must be {wanted}. Received: {got}")
-    if labels.size != len(images):
-        raise UserError(f"Labels of the {name} split must be one for each image, not one-hot. "
-                        f"Received: {labels.shape} for {len(images)} images")  # fmt: skip
-    if wrong := {*np.unique(labels).tolist()} - {*range(num_classes)}:
-        raise UserError(f"Labels of the {name} split must be from 0 to {num_classes - 1}. "
-                        f"Received: {min(wrong)}")  # fmt: skip
+def check_data(splits, num_classes):
+    """Raises `UserError` unless the splits' images and labels are what `train` takes."""
+    for name, (images, labels) in zip(("train", "test"), splits):
+        good = images.ndim == 4 and images.dtype == "uint8" and min(images.shape[1:3]) >= 5
+        low, high = labels.min(), labels.max()
+        if not good or labels.size != len(images) or not 0 <= low <= high < num_classes > 1:
+            raise UserError(
+                f"The {name} split must be uint8 images (n, height, width, channels), of 5 pixels "
+                f"or more, and a label for each, from 0 to {num_classes - 1}, of two classes or "
+                f"more. Received: {images.dtype}, {images.shape}; {labels.shape}, {low} to {high}"
+            )
+
+
+def fingerprint(data):
+    """Returns eight hexadecimal digits that differ where images, labels or classes do."""
+    parts = [np.ascontiguousarray(part) for split in data[:2] for part in split]
+    parts.append("/".join(data[2]).encode())
+    return f"{functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0):08x}"
 
 
 def feed(images, labels, batch_size):
@@ -617,15 +593,21 @@ def train(settings, data, folder, source=None):
     unknown settings, and if the loss is no longer finite.
     """
     (x_train, y_train), (x_test, y_test), class_names = data
-    check_data("train", x_train, y_train, len(class_names))
-    check_data("test", x_test, y_test, len(class_names))
+    check_data(data[:2], len(class_names))
     if unknown := settings.keys() - {*RUN, *DEFAULTS}:
         known = ", ".join([*RUN, *DEFAULTS])
         raise UserError(f"Settings must be of: {known}. Received: {', '.join(sorted(unknown))}")
     settings = {name: settings[name] for name in RUN} | DEFAULTS | settings
-    seed, epochs, folder = settings["seed"], settings["epochs"], pathlib.Path(folder).expanduser()
+    seed, epochs, batch_size = (settings[key] for key in ("seed", "epochs", "batch_size"))
+    folder = pathlib.Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     keras.utils.clear_session()
+    devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [None]
+    # Each device takes the same share of each batch, also of the last and smaller one.
+    count = math.gcd(len(devices), batch_size, TEST_BATCH, len(x_train), len(x_test))
+    if count > 1:
+        shared = keras.distribution.DataParallel(devices=devices[:count])
+        keras.distribution.set_distribution(shared)
     keras.config.set_floatx("float32")  # Keras's augmentation works in no other.
     keras.config.set_dtype_policy(settings["precision"])
     keras.utils.set_random_seed(seed)
@@ -634,11 +616,14 @@ def train(settings, data, folder, source=None):
     stop = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda *_: setattr(trainer, "stop_training", True)
     )
-    test = feed(x_test, y_test, 500)
-    name = run_name(settings)
+    # A file takes a line for each epoch, a terminal or a notebook the bar.
+    verbose = 2 if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty() else 1
+    common = {"shuffle": False, "epochs": epochs, "callbacks": [stop], "verbose": verbose}
+    test = feed(x_test, y_test, TEST_BATCH)
+    name, mark = run_name(settings), fingerprint(data)
     checkpoint = folder / f".{name}.npz"
     parameters = sum(math.prod(weight.shape) for weight in network.trainable_weights)
-    history = load_checkpoint(checkpoint, trainer) if checkpoint.exists() else {}
+    history = load_checkpoint(checkpoint, trainer, mark)
     done = len(history.get("seconds", []))
     print(f"{name}: {parameters:,} parameters, {done} epochs done before")
     for epoch in range(done, epochs):
@@ -649,10 +634,8 @@ def train(settings, data, folder, source=None):
         for variable in trainer.non_trainable_variables:
             if variable.name == "seed_generator_state":
                 variable.assign(rng.integers(2**32, size=2, dtype="uint32"))
-        batches = feed(x_train[order], y_train[order], settings["batch_size"])
-        logs = trainer.fit(
-            **batches, shuffle=False, initial_epoch=epoch, epochs=epochs, callbacks=[stop]
-        ).history
+        batches = feed(x_train[order], y_train[order], batch_size)
+        logs = trainer.fit(**batches, initial_epoch=epoch, **common).history
         trained = time.perf_counter()
         tested = trainer.evaluate(**test, verbose=0, return_dict=True)
         print(f"test accuracy {tested['accuracy']:.4f}, test loss {tested['loss']:.4f}", flush=True)
@@ -664,9 +647,8 @@ def train(settings, data, folder, source=None):
             raise UserError("The loss is no longer finite: try a smaller --learning_rate.")
         history = {key: history.get(key, []) + value for key, value in row.items()}
         state = [ops.convert_to_numpy(v) for v in trainer.weights + trainer.optimizer.variables]
-        buffer = io.BytesIO()  # On a full disk, older NumPys would leave a half-closed file behind.
-        np.savez(buffer, *state, history=json.dumps(history))
-        write_atomically(checkpoint, lambda path: path.write_bytes(buffer.getvalue()))
+        known = {"mark": mark, "history": json.dumps(history)}
+        write_atomically(checkpoint, lambda path: np.savez(path, *state, **known))
     result = {
         "command": make_command(settings, source), "settings": settings,
         "class_names": class_names, "parameters": parameters,
@@ -675,14 +657,14 @@ def train(settings, data, folder, source=None):
         "seconds_per_epoch": float(np.median(history["seconds"])),
         "train_images_per_second": len(x_train) / float(np.median(history["train_seconds"])),
         "predict_ms": {str(size): time_prediction(trainer, x_test[:1], size) for size in (1, 128)},
-        **describe_machine(), "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "history": history,
+        "devices": count, **describe_machine(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "history": history,
     }  # fmt: skip
     # NumPy's numbers become Python's.
     text = json.dumps(result, indent=1, default=lambda x: x.tolist()) + "\n"
     write_atomically(folder / f"{name}.keras", classifier.save)
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
-    checkpoint.unlink()
+    checkpoint.unlink(missing_ok=True)  # The same run, started twice, may have ended before.
     return result
 
 
@@ -696,19 +678,15 @@ def time_prediction(trainer, image, batch_size, rounds=20):
     return 1000 * float(np.median(seconds[2:]))
 
 
-def list_changes(settings, sign=" "):
+def list_changes(settings, sign):
     """Returns the settings that aren't the defaults, as strings."""
     return [f"{k}{sign}{v}" for k, v in settings.items() if k not in RUN and v != DEFAULTS.get(k)]
 
 
 def run_name(settings):
     """Returns what a run's files are called: data set, model, what isn't default, seed."""
-    parts = [settings["dataset"], settings["model"], *list_changes(settings)]
-    name = re.sub("[/: ]", "_", "-".join(parts))
-    if len(name.encode()) > 200:  # A file's name has at most 255 bytes.
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-        name = f"{name.encode()[:180].decode(errors='ignore')}-{digest}"
-    return f"{name}-seed{settings['seed']}"
+    parts = [settings["dataset"], settings["model"], *list_changes(settings, "_")]
+    return re.sub(r"^\.|[^\w.-]", "_", f"{'-'.join(parts)}-seed{settings['seed']}")
 
 
 def make_command(settings, source=None):
@@ -718,27 +696,28 @@ def make_command(settings, source=None):
     return shlex.join(["python", "hybrid_mixer.py", *(f"--{flag}" for flag in given)])
 
 
-def load_checkpoint(path, model):
-    """Loads what `train` has saved there into `model`; returns the history."""
+def load_checkpoint(path, model, mark):
+    """Loads a checkpoint of `train`, if there is one, into a model; returns the history."""
     try:
         with np.load(path) as file:
+            if file["mark"].item() != mark:
+                raise ValueError("of other data")
             for i, variable in enumerate(model.weights + model.optimizer.variables):
                 variable.assign(file[f"arr_{i}"])
             return json.loads(file["history"].item())
+    except FileNotFoundError:
+        return {}
     except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} doesn't fit this model: delete it to start anew.") from error
+        raise UserError(
+            f"{path} doesn't fit this model or these images: delete it to start anew."
+        ) from error
 
 
 def write_atomically(path, write):
     """Calls `write` with a name beside `path`, then moves what it wrote to `path`."""
-    partial = path.with_name(f".partial-{path.name}")
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     write(partial)
     os.replace(partial, path)
-
-
-def first_line(error):
-    """Returns the first line of an error's text, or its name where it has none."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def describe_machine():
@@ -747,27 +726,21 @@ def describe_machine():
     library = sys.modules[backend]
     cpu = re.search("model name\t: (.*)", info.read_text() if info.exists() else "")
     cpu = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPU cores"
-    if backend == "torch":
-        kind = ops.zeros(1).device.type  # Keras picks it: cpu, cuda, mps (an Apple GPU) or xpu.
-        name = library.cuda.get_device_name() if kind == "cuda" else kind
+    if backend == "tensorflow":
+        details = library.config.experimental.get_device_details
+        gpus = [details(gpu) for gpu in library.config.get_visible_devices("GPU")]
+        names = [gpu.get("device_name", "GPU") for gpu in gpus]
     elif backend == "jax":
-        first = library.devices()[0]
-        kind, name = first.platform, first.device_kind
+        names = [device.device_kind for device in library.devices() if device.platform != "cpu"]
     else:
-        gpus = library.config.get_visible_devices("GPU")
-        details = library.config.experimental.get_device_details(gpus[0]) if gpus else {}
-        kind, name = "gpu" if gpus else "cpu", details.get("device_name", "GPU")
-    device = cpu if kind == "cpu" else name
-    names = ("keras", "numpy", "tensorflow_datasets")  # The last is `None` where it read nothing.
-    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in names}
-    backend += f" {library.__version__}"
-    return {"device": device, "processor": cpu, "backend": backend,
-            "python": platform.python_version(), **versions}  # fmt: skip
-
-
-def is_cpu(device):
-    """Tells whether a device, as `describe_machine` names it, is a CPU."""
-    return device.endswith("CPU cores")
+        kind = ops.zeros(1).device.type  # Keras picks it: cpu, cuda, mps (an Apple GPU) or xpu.
+        names = (
+            [] if kind == "cpu" else [library.cuda.get_device_name() if kind == "cuda" else kind]
+        )
+    modules = ("keras", "numpy", "tensorflow_datasets")  # The last is `None` where it read nothing.
+    versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in modules}
+    return {"device": [*names, cpu][0], "processor": cpu, "python": platform.python_version(),
+            "backend": f"{backend} {library.__version__}", **versions}  # fmt: skip
 
 
 # ------------------------------------------------------------------------- results and plots
@@ -776,8 +749,15 @@ PAPER = {
     ("cifar10", "mixer"): "76.71", ("cifar10", "interleaved"): "82.27",
     ("cifar100", "mixer"): "48.20", ("cifar100", "interleaved"): "55.03",
 }  # fmt: skip
-# Variants, such as `hybrid_late`, have the colour of what they vary.
-COLORS = {"mixer": "#0072B2", "hybrid": "#E69F00", "interleaved": "#009E73"}
+STYLES = {  # Colour and words for the plots; all others are green.
+    "mixer": ("#0072B2", "no convolution"),
+    "hybrid": ("#E69F00", "the paper's text: one before block 1"),
+    "hybrid_late": ("#56B4E9", "the text's after block 1"),
+    "hybrid_norm": ("#CC79A7", "one before block 1, batch norm, GELU"),
+    "hybrid_norm_late": ("#777777", "one after block 1, batch norm, GELU"),
+    "interleaved": ("#009E73", "the paper's code: five, every 2nd block"),
+    "interleaved_3": ("#009E73", "three, every 3rd block"),
+}
 CURVES = ("train_loss", "test_loss", "test_accuracy")
 
 
@@ -786,149 +766,128 @@ def read_or_skip(read, path):
     try:
         return read(path)
     except Exception as error:  # Whatever a foreign or damaged file makes its reader raise.
-        told = f"{type(error).__name__}: {first_line(error)}"
-        print(f"Left out of table and plots: {path} ({told})", file=sys.stderr)
+        print(f"Left out of table and plots: {path} ({error!r})", file=sys.stderr)
 
 
 def read_run(path):
-    """Returns a result with its settings, curves as arrays, accuracy in % and its conditions.
-
-    Conditions are the epochs, the settings that aren't the defaults and the hardware.
-    """
-    run = {"model_file": path.with_suffix(".keras"), **json.loads(path.read_text())}
-    run |= DEFAULTS | run["settings"]
+    """Returns a result with its settings, its row's name, curves as arrays and accuracy in %."""
+    run = json.loads(path.read_text())
+    run |= DEFAULTS | run["settings"] | {"path": path}
     run |= {key: np.array(run["history"][key], float) for key in CURVES}
     if {run[key].shape for key in CURVES} != {(run["epochs"],)}:
         raise ValueError("its curves aren't as long as its epochs")
     run["test_accuracy"] = 100 * run["test_accuracy"]
-    run |= {"accuracy": run["test_accuracy"][-1], "parameters": f"{run['parameters']:,}"}
-    changes = list_changes({**run["settings"], "epochs": DEFAULTS["epochs"]})
-    device = "CPU" if is_cpu(run["device"]) else run["device"]  # CPUs of any make.
+    run["accuracy"] = run["test_accuracy"][-1]
+    run["row"] = "-".join([run["model"], *list_changes(run["settings"], "_")])
+    # The paper's text names no schedule, so its numbers stand beside runs with either.
+    run["paper"] = PAPER.get((run["dataset"], run["row"].replace("-schedule_published", "")))
+    run["color"] = STYLES.get(run["model"], ["#009E73"])[0]
+    device = "CPU" if run["device"].endswith("CPU cores") else run["device"]  # Of any make.
     run["hardware"] = f"{device}, {run['backend']}"
-    epochs = f"{run['epochs']} epoch{'s' * (run['epochs'] > 1)}"
-    run["conditions"] = [epochs, *changes, run["hardware"]]
-    order = ([*MODELS].index(run["model"]), run["conditions"], int(run["seed"]))
-    return {**run, "order": (str(run["dataset"]), *order)}
+    return {**run, "order": ([*MODELS].index(run["model"]), run["row"], run["seed"])}
+
+
+def select(runs, **wanted):
+    """Returns the runs that have all these values."""
+    return [run for run in runs if wanted.items() <= {key: run[key] for key in wanted}.items()]
 
 
 def load_results(folder):
-    """Returns all results in a folder, ordered by data set, model, conditions and seed."""
-    runs = [read_or_skip(read_run, path) for path in sorted(folder.glob("[!.]*-seed*.json"))]
-    return sorted(filter(None, runs), key=lambda run: run["order"])
-
-
-def group_runs(runs):
-    """Returns the conditions that all runs share, and `{name: its runs}`.
-
-    A name is a model and what isn't shared, such as "mixer" or "mixer, patch_size 2".
-    """
-    shared = [text for text in runs[0]["conditions"] if all(text in r["conditions"] for r in runs)]
-    groups = {}
+    """Returns all results in a folder, in the order of `MODELS`, with their gains over `mixer`."""
+    runs = [read_or_skip(read_run, path) for path in folder.glob("[!.]*-seed*.json")]
+    runs = sorted(filter(None, runs), key=lambda run: run["order"])
     for run in runs:
-        own = [text for text in run["conditions"] if text not in shared]
-        groups.setdefault(", ".join([run["model"], *own]), []).append(run)
-    return shared, groups
+        same = {"dataset": run["dataset"], "seed": run["seed"]}
+        base = select(runs, row=run["row"].replace(run["model"], "mixer", 1), **same)
+        run["gain"] = run["accuracy"] - base[0]["accuracy"] if base else None
+    return runs
 
 
-def mean_std(values, sign=""):
-    """Formats values as their mean, with the standard deviation where there are several."""
-    mean = f"{np.mean(values):{sign}.2f}" if values else ""
-    return f"{mean} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else mean
-
-
-def make_cell(name, groups):
-    """Returns a row's accuracy on a data set; its gains over `mixer` are paired by seed."""
-    runs = groups.get(name, [])
-    if not runs:
-        return ""
-    model, settings = runs[0]["model"], runs[0]["settings"]
-    mixers = groups.get(name.replace(model, "mixer", 1), []) if model != "mixer" else []
-    base = {run["seed"]: run["accuracy"] for run in mixers}
-    gains = [run["accuracy"] - base[run["seed"]] for run in runs if run["seed"] in base]
-    cell = f"{mean_std([run['accuracy'] for run in runs])} (n = {len(runs)})"
-    cell += f", gain {mean_std(gains, '+')}" if gains else ""
-    paper = PAPER.get((settings["dataset"], model))
-    # The paper's text names no schedule, so its numbers stand beside runs with either.
-    other = list_changes({**settings, "schedule": "cosine"})
-    return cell + (f", paper {paper}" if paper and not other else "")
-
-
-def make_table(groups):
-    """Returns a table of `{data set: {name: runs}}`: a row a name, a column a data set."""
-    names = {name: runs[0]["order"][1:] for part in groups.values() for name, runs in part.items()}
-    head = ["model", "what it is", "parameters", *(f"{dataset}, %" for dataset in groups)]
-    rows = [head, ["---"] * len(head)]
-    for name in sorted(names, key=names.get):
-        firsts = [part[name][0] for part in groups.values() if name in part]
-        parameters = " / ".join(dict.fromkeys(run["parameters"] for run in firsts))
-        cells = [make_cell(name, part) for part in groups.values()]
-        rows.append([name, MODELS[firsts[0]["model"]].text, parameters, *cells])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+def make_table(runs):
+    """Returns a table with a row a model: mean ± standard deviation (mean gain over `mixer`)."""
+    datasets = sorted({run["dataset"] for run in runs})
+    lines = [["model", "parameters", *(f"{dataset}, %" for dataset in datasets), "paper, %"]]
+    lines.append(["---"] * len(lines[0]))
+    for row in dict.fromkeys(run["row"] for run in runs):
+        parts, cells = [select(runs, row=row, dataset=dataset) for dataset in datasets], []
+        for part in parts:
+            values = [run["accuracy"] for run in part]
+            gains = [run["gain"] for run in part if run["gain"] is not None]
+            cell = f"{np.mean(values):.2f}" if part else ""
+            cell += f" ± {np.std(values, ddof=1):.2f}" if len(part) > 1 else ""
+            cells.append(cell + (f" ({np.mean(gains):+.2f})" if any(gains) else ""))
+        firsts = [part[0] for part in parts if part]
+        parameters = " / ".join(dict.fromkeys(f"{run['parameters']:,}" for run in firsts))
+        paper = " / ".join(run["paper"] for run in firsts if run["paper"])
+        lines.append([row, parameters, *cells, paper])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def make_figure(width, height, title):
-    """Returns a figure with a title alone; no backend that is missing can stop it."""
-    try:
-        from matplotlib.figure import Figure
-    except ValueError:  # A notebook's MPLBACKEND names what this environment may not have.
-        del os.environ["MPLBACKEND"]
-        from matplotlib.figure import Figure
+    """Returns a figure with a title alone."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     figure.suptitle(title, wrap=True)
     return figure
 
 
-def draw_mean(axis, runs, key, **style):
-    """Draws the mean of runs in a band of their standard deviation; returns its last value."""
-    values = np.array([run[key] for run in runs])
-    mean, std = values.mean(0), values.std(0, ddof=int(len(runs) > 1))
-    epochs, color = np.arange(1, len(mean) + 1), style["color"]
-    axis.plot(epochs, mean, marker=".", markevery=[-1], **style)
-    axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
-    axis.grid(alpha=0.3)
-    axis.locator_params("x", integer=True, min_n_ticks=1)
-    return mean[-1]
-
-
-def get_color(runs):
-    """Returns the colour of runs of one model."""
-    return COLORS[runs[0]["model"].split("_")[0]]
-
-
-def plot_panels(groups, title, path):
-    """Draws test accuracy over epochs, a panel for each group, the first one grey in all."""
-    first, rows = next(iter(groups)), math.ceil(len(groups) / 4)
-    title = f"{title}: test accuracy in %, that of {first} in grey"
-    figure = make_figure(10, 2 * rows + 0.5, title)
-    axes = figure.subplots(rows, 4, sharey=True, squeeze=False).ravel()
-    for axis, (name, runs) in zip(axes, groups.items()):
-        draw_mean(axis, groups[first], "test_accuracy", color="silver")
-        end = draw_mean(axis, runs, "test_accuracy", color=get_color(runs))
-        axis.set_title(f"{name}: {end:.1f}".replace(", ", "\n"), fontsize="medium")
-    for axis in axes[len(groups) :]:
-        axis.remove()
-    figure.supxlabel("epoch")
+def plot_accuracies(runs, path):
+    """Draws each run's accuracy: a row a model, a panel a data set, bars from `mixer`'s mean."""
+    datasets = sorted({run["dataset"] for run in runs})
+    rows = [*dict.fromkeys(run["row"] for run in runs)]
+    title = "Test accuracy, %: a dot a seed, a bar from mixer's mean, a black tick the paper's"
+    figure = make_figure(4 + 3.5 * len(datasets), 1.4 + 0.45 * len(rows), title)
+    axes = figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
+    for (place, row), (axis, dataset) in itertools.product(enumerate(rows), zip(axes, datasets)):
+        if part := select(runs, row=row, dataset=dataset):
+            values, color = [run["accuracy"] for run in part], part[0]["color"]
+            gains = [run["gain"] for run in part if run["gain"] is not None] or [0]
+            axis.barh(place, -np.mean(gains), 0.3, np.mean(values), color=color, alpha=0.35)
+            axis.plot(values, [place] * len(part), "o", color=color)
+            style = {"color": color, "va": "center", "transform": axis.get_yaxis_transform()}
+            axis.text(1.02, place, f"{np.mean(values):.1f}", **style)
+            if part[0]["paper"]:
+                axis.plot(float(part[0]["paper"]), place, "k|", ms=18, mew=2)
+        axis.set_title(dataset.replace("cifar", "CIFAR-"), fontsize="medium")
+        axis.grid(alpha=0.3, axis="x")
+    words = [STYLES.get(row.split("-")[0], ("", ""))[1] for row in rows]
+    axes[0].set_yticks(range(len(rows)), ["\n".join(pair).strip() for pair in zip(rows, words)])
+    axes[0].invert_yaxis()
     figure.savefig(path)
 
 
-def plot_curves(groups, title, path):
+def spread(values, gap):
+    """Returns ascending values moved apart until there is a gap between neighbours."""
+    steps = gap * np.arange(len(values))
+    up, down = np.array(values) - steps, np.array(values)[::-1] - steps[::-1]
+    return steps + (np.maximum.accumulate(up) + np.minimum.accumulate(down)[::-1]) / 2
+
+
+def plot_curves(runs, title, path):
     """Draws loss and accuracy over epochs: the mean of all seeds in a band of their deviation."""
     figure = make_figure(10, 4.5, title)
     loss, accuracy = figure.subplots(1, 2)
-    styles = ["-", "--", "-.", ":", (0, (1, 4)), (0, (9, 3))]
-    dashes = {color: itertools.cycle(styles) for color in COLORS.values()}
-    for name, runs in groups.items():
-        style = {"color": get_color(runs), "label": name.replace(", ", "\n")}
-        style["linestyle"] = next(dashes[style["color"]])
+    dashes = itertools.cycle(["-", "--", "-.", ":", (0, (1, 4)), (0, (9, 3))])
+    for row, dash in zip(dict.fromkeys(run["row"] for run in runs), dashes):
+        part = select(runs, row=row)
+        color, epochs = part[0]["color"], np.arange(1, part[0]["epochs"] + 1)
+        style = {"color": color, "linestyle": dash, "label": row.replace("-", "\n")}
         for key, axis, alpha in zip(CURVES, (loss, loss, accuracy), (0.4, 1, 1)):
-            draw_mean(axis, runs, key, alpha=alpha, **style)
-    place = math.inf
-    for line in sorted(accuracy.lines, key=lambda line: -line.get_ydata()[-1]):
-        epoch, value = line.get_xydata()[-1]
-        place = min(value, place - np.ptp(accuracy.get_ylim()) / 25)  # So none covers another.
-        accuracy.text(epoch, place, f" {value:.1f}", color=line.get_color(), va="center")
+            values = np.array([run[key] for run in part])
+            mean, std = values.mean(0), values.std(0, ddof=int(len(part) > 1))
+            axis.plot(epochs, mean, marker=".", markevery=[-1], alpha=alpha, **style)
+            axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    lines = sorted(accuracy.lines, key=lambda line: line.get_ydata()[-1])
+    ends = [line.get_ydata()[-1] for line in lines]
+    for line, end, place in zip(lines, ends, spread(ends, np.ptp(accuracy.get_ylim()) / 25)):
+        style = {"color": line.get_color(), "va": "center"}
+        accuracy.text(line.get_xdata()[-1], place, f" {end:.1f}", **style)
     loss.set(title="loss: test strong, train pale", xlabel="epoch", ylabel="cross-entropy")
     accuracy.set(title="test accuracy", xlabel="epoch", ylabel="%", xmargin=0.1)
+    for axis in (loss, accuracy):
+        axis.grid(alpha=0.3)
+        axis.locator_params("x", integer=True, min_n_ticks=1)
     loss.legend(*accuracy.get_legend_handles_labels(), loc="best")
     figure.savefig(path)
 
@@ -956,43 +915,37 @@ def map_blocks(path):
 
 def plot_blocks(maps, title, path):
     """Draws what the blocks of each of `{name: map_blocks(file)}` look at: a row for each."""
-    figure = make_figure(10, 1.5 * len(maps) + 0.5, title)
-    axes = figure.subplots(len(maps), max(map(len, maps.values())), squeeze=False)
-    for row, (name, blocks) in zip(axes, maps.items()):
-        row[0].set_ylabel(name)
-        for axis, (block, values) in zip(row, blocks.items()):
+    figure = make_figure(10, 1.6 * len(maps) + 0.5, title)
+    for part, (name, blocks) in zip(figure.subfigures(len(maps), squeeze=False).flat, maps.items()):
+        part.suptitle(name, fontsize="medium")
+        axes = part.subplots(1, len(blocks), squeeze=False)[0]
+        for axis, (block, values) in zip(axes, blocks.items()):
             axis.imshow(values / values.mean(), vmin=0.5, vmax=2.5)
-            axis.set(xticks=[], yticks=[], title=block.replace("_", " "))
-        for axis in row[len(blocks) :]:
-            axis.remove()
+            axis.set(xticks=[], yticks=[], xlabel=block.replace("_", " "))
     figure.savefig(path)
 
 
 def report(folder):
     """Draws table and plots of all results in `folder`; returns the table."""
-    folder, tables, notes = pathlib.Path(folder).expanduser(), {}, []
+    folder = pathlib.Path(folder).expanduser()
     runs = load_results(folder)
     if not runs:
         raise UserError(f"There is no result in {folder}: train first, or give --output_dir.")
-    for dataset, part in itertools.groupby(runs, key=lambda run: run["dataset"]):
-        part = list(part)
-        shared, groups = group_runs(part)
-        tables[dataset] = groups
-        notes.append(f"{dataset}: {', '.join(shared)}.\n")
-        counts = [len(group) for group in groups.values()]
-        fewest, most = min(counts), max(counts)
-        seeds = f"{most} seed{'s' * (most > 1)}" if fewest == most else f"{fewest} to {most} seeds"
-        common = [text for text in shared if text != part[0]["hardware"]]
-        title = ", ".join([dataset.replace("cifar", "CIFAR-"), *common])
-        prefix = re.sub("[/:]", "_", dataset)
-        plot = plot_panels if len(groups) > 6 else plot_curves  # Seven curves are a thicket.
-        plot(groups, f"{title}, {seeds}", folder / f"{prefix}_curves.png")
-        files = {name: group[0]["model_file"] for name, group in groups.items()}
-        maps = {n: read_or_skip(map_blocks, file) for n, file in files.items() if file.exists()}
-        maps = {name: blocks for name, blocks in maps.items() if blocks}
-        if maps:
-            plot_blocks(maps, f"Blocks of the first seed: {title}", folder / f"{prefix}_blocks.png")
-    text = "\n".join([make_table(tables), *notes])
+    text = make_table(runs)
+    for dataset in sorted({run["dataset"] for run in runs}):
+        part = select(runs, dataset=dataset)
+        hardware = "; ".join(sorted({run["hardware"] for run in part}))
+        counts = collections.Counter(run["row"] for run in part)
+        seeds = " to ".join(map(str, sorted({min(counts.values()), max(counts.values())})))
+        text += f"\n{dataset}: {hardware}; seeds: {seeds}.\n"
+        title = f"{dataset.replace('cifar', 'CIFAR-')}, seeds: {seeds}"
+        if len(counts) <= 6:  # Seven curves are a thicket.
+            plot_curves(part, title, folder / f"{dataset}_curves.png")
+        files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(part)}
+        maps = {row: read_or_skip(map_blocks, files[row]) for row in counts if files[row].exists()}
+        if maps := {row: blocks for row, blocks in maps.items() if blocks}:
+            plot_blocks(maps, "Where the blocks look", folder / f"{dataset}_blocks.png")
+    plot_accuracies(runs, folder / "accuracies.png")
     (folder / "table.md").write_text(text, encoding="utf-8")
     return text
 
@@ -1004,7 +957,7 @@ SETTINGS = {  # Default; bounds or choices; meaning.
     "batch_size": (128, (1, None), "Images a step."),
     "learning_rate": (3e-3, (0, 1e3), "Peak learning rate of AdamW."),
     "weight_decay": (5e-4, (0, 1e3), "AdamW's weight decay."),
-    "schedule": ("cosine", ["cosine", "published"], "Learning rate over time."),
+    "schedule": ("cosine", ["cosine", "published"], "Learning rate over time; the authors' own."),
     "dropout": (0.15, (0, 0.99), "Chance of an activation to be zeroed."),
     "patch_size": (4, (1, None), "Height and width of a patch, in pixels."),
     "hidden_dim": (128, (1, None), "Channels of a token."),
@@ -1012,8 +965,9 @@ SETTINGS = {  # Default; bounds or choices; meaning.
     "tokens_mlp_dim": (64, (1, None), "Hidden width of the MLP across tokens."),
     "channels_mlp_dim": (256, (1, None), "Hidden width of the MLP across channels."),
     "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
-    "image_size": (0, (0, None), "Pixels of both sides to scale images to; 0: their own size."),
+    "image_size": (0, (0, None), "Pixels of both sides to fit images to; 0: their own size."),
     "validation_split": (0.0, (0, 0.9), "Last share of train images to test on; 0 for none."),
+    "shuffle_patches": (0, (0, None), "Seed of one fixed order of all images' patches; 0: off."),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
 
@@ -1028,7 +982,7 @@ def define_flags():
             define(name, default, text, *limit)
             flags.register_validator(name, math.isfinite, "must be a finite number")
     lists = (  # Default; what is valid; meaning. Every combination is a run.
-        ("dataset", "cifar10", bool, "cifar10, cifar100, shapes, folders or names of tfds"),
+        ("dataset", "cifar10", bool, "cifar10, cifar100, shapes, ./folders or names of tfds"),
         ("model", "hybrid", MODELS.__contains__, ", ".join(MODELS)),
         ("seed", "0", lambda s: s.isdecimal() and int(s) < 2**32, "whole numbers below 2**32"),
     )
@@ -1038,64 +992,59 @@ def define_flags():
         flags.register_validator(name, lambda v, ok=valid: v and all(map(ok, v)), f"must be {text}")
     flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
     flags.DEFINE_string("output_dir", "results", "Folder of results, models, plots and table.")
-    flags.DEFINE_boolean("overwrite", False, "Run what has a result already, replacing it.")
+    flags.DEFINE_boolean("overwrite", False, "Delete the results of these runs, then run them.")
     flags.DEFINE_boolean("plot", False, "Train nothing; draw plots and table of the results.")
 
 
 def sweep(values, folder):
     """Trains all combinations of data set, seed and model that have no result yet."""
-
-    def is_done(path):
-        return path.exists() and not values["overwrite"]
-
+    wanted = [values[key] for key in ("data_dir", "image_size", "validation_split")]
+    load = functools.cache(lambda dataset: load_data(dataset, *wanted))
     runs = []
     for dataset, seed, model in itertools.product(*(values[key] for key in RUN)):
-        folder_of_pictures = find_folder(dataset)
-        name = folder_of_pictures.name if folder_of_pictures else dataset
+        name = dataset
+        if pictures := find_folder(dataset):  # Two folders of one name have other pictures.
+            name = f"{pictures.name}_{fingerprint(load(dataset))}"
         settings = {"dataset": name, "model": model, "seed": int(seed)}
         settings |= {key: values[key] for key in DEFAULTS}
-        runs.append((folder / f"{run_name(settings)}.json", settings, dataset))
-    wanted = [values[key] for key in ("data_dir", "image_size", "validation_split")]
-    for path, _, dataset in reversed(runs):  # What can't be had is told before hours of training.
-        if not is_done(path):
-            load_data(dataset, *wanted)
-    for path, settings, dataset in runs:
-        if is_done(path):
+        path = folder / f"{run_name(settings)}.json"
+        if path.exists() and not values["overwrite"]:
             print(f"{path} is done already; --overwrite would run it again.")
         else:
-            train(settings, load_data(dataset, *wanted), folder, dataset)
+            load(dataset)  # What is unavailable is told before hours of training.
+            runs.append((path, settings, dataset))
+    for path, _, _ in runs:  # So that the command without --overwrite goes on.
+        path.unlink(missing_ok=True)
+    for _, settings, dataset in runs:
+        train(settings, load(dataset), folder, dataset)
 
 
 def main(argv):
     """Does what the flags say; exits with status 1 and one sentence where the user must act."""
     logging.set_verbosity(logging.WARNING)  # tensorflow-datasets logs every file that it opens.
-    if hasattr(sys.stdout, "reconfigure"):  # A notebook's output isn't a terminal's,
-        sys.stdout.reconfigure(errors="replace")  # which may not know the sign ±.
     values, machine = flags.FLAGS.flag_values_dict(), describe_machine()
     folder = pathlib.Path(values["output_dir"]).expanduser()
     try:
         if argv[1:]:
             raise UserError(f"{argv[1]!r} is no flag: see --help.")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # Or the first epoch would be for nothing.
+        except OSError as error:
+            raise UserError(f"{error}: give another --output_dir.") from error
         print(f"{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
-        if is_cpu(machine["device"]) and not values["plot"]:
-            print(
-                "NO GPU FOUND: a CPU does for --dataset shapes, but CIFAR takes hours. An NVIDIA "
-                'GPU, on Linux, needs pip install "tensorflow[and-cuda]" (or JAX for GPUs).'
-            )
         if not values["plot"]:
+            if machine["device"] == machine["processor"]:
+                print("NO GPU FOUND: a CPU does for --dataset shapes, but CIFAR takes hours. An "
+                      'NVIDIA GPU, on Linux, needs pip install "tensorflow[and-cuda]" (or JAX for '
+                      "GPUs).")  # fmt: skip
             sweep(values, folder)
         print(report(folder), flush=True)
     except UserError as error:
         sys.exit(f"hybrid_mixer.py: {error}")
-    except BrokenPipeError:
-        # As it ends, Python writes what is left to standard output: now to nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit("hybrid_mixer.py: nobody reads its output; the same command goes on from here.")
-    except OSError as error:  # Of writing results: it names the file and what is wrong with it.
-        sys.exit(f"hybrid_mixer.py: {error}: mend that or give another --output_dir.")
     except KeyboardInterrupt:
-        sys.exit("\nhybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")
+        sys.exit("\nhybrid_mixer.py: stopped; the same command, without --overwrite, goes on after "
+                 "the last whole epoch.")  # fmt: skip
 
 
 if __name__ == "__main__":
