@@ -26,6 +26,7 @@ import re
 import shlex
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 import zlib
@@ -683,10 +684,15 @@ def list_changes(settings, sign):
     return [f"{k}{sign}{v}" for k, v in settings.items() if k not in RUN and v != DEFAULTS.get(k)]
 
 
+def clean(name):
+    """Returns a name that files, tables and plots can bear: of `.my $pets`, `_my__pets`."""
+    return re.sub(r"^\.|[^\w.-]", "_", name)
+
+
 def run_name(settings):
     """Returns what a run's files are called: data set, model, what isn't default, seed."""
     parts = [settings["dataset"], settings["model"], *list_changes(settings, "_")]
-    return re.sub(r"^\.|[^\w.-]", "_", f"{'-'.join(parts)}-seed{settings['seed']}")
+    return clean(f"{'-'.join(parts)}-seed{settings['seed']}")
 
 
 def make_command(settings, source=None):
@@ -708,9 +714,8 @@ def load_checkpoint(path, model, mark):
     except FileNotFoundError:
         return {}
     except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} doesn't fit this model or these images: delete it to start anew."
-        ) from error
+        told = f"{path} doesn't fit this model or these images: delete it to start anew."
+        raise UserError(told) from error
 
 
 def write_atomically(path, write):
@@ -734,9 +739,8 @@ def describe_machine():
         names = [device.device_kind for device in library.devices() if device.platform != "cpu"]
     else:
         kind = ops.zeros(1).device.type  # Keras picks it: cpu, cuda, mps (an Apple GPU) or xpu.
-        names = (
-            [] if kind == "cpu" else [library.cuda.get_device_name() if kind == "cuda" else kind]
-        )
+        name = library.cuda.get_device_name() if kind == "cuda" else kind
+        names = [name] if kind != "cpu" else []
     modules = ("keras", "numpy", "tensorflow_datasets")  # The last is `None` where it read nothing.
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in modules}
     return {"device": [*names, cpu][0], "processor": cpu, "python": platform.python_version(),
@@ -773,6 +777,7 @@ def read_run(path):
     """Returns a result with its settings, its row's name, curves as arrays and accuracy in %."""
     run = json.loads(path.read_text())
     run |= DEFAULTS | run["settings"] | {"path": path}
+    run["dataset"] = clean(run["dataset"])
     run |= {key: np.array(run["history"][key], float) for key in CURVES}
     if {run[key].shape for key in CURVES} != {(run["epochs"],)}:
         raise ValueError("its curves aren't as long as its epochs")
@@ -796,9 +801,9 @@ def load_results(folder):
     """Returns all results in a folder, in the order of `MODELS`, with their gains over `mixer`."""
     runs = [read_or_skip(read_run, path) for path in folder.glob("[!.]*-seed*.json")]
     runs = sorted(filter(None, runs), key=lambda run: run["order"])
-    for run in runs:
-        same = {"dataset": run["dataset"], "seed": run["seed"]}
-        base = select(runs, row=run["row"].replace(run["model"], "mixer", 1), **same)
+    for run in runs:  # To `mixer`, shuffled patches are like others.
+        row = re.sub("-shuffle_patches_[0-9]+", "", run["row"].replace(run["model"], "mixer", 1))
+        base = select(runs, row=row, dataset=run["dataset"], seed=run["seed"])
         run["gain"] = run["accuracy"] - base[0]["accuracy"] if base else None
     return runs
 
@@ -836,8 +841,11 @@ def plot_accuracies(runs, path):
     """Draws each run's accuracy: a row a model, a panel a data set, bars from `mixer`'s mean."""
     datasets = sorted({run["dataset"] for run in runs})
     rows = [*dict.fromkeys(run["row"] for run in runs)]
+    words = [STYLES.get(row.split("-")[0], ("", ""))[1] for row in rows]
+    names = [f"{textwrap.fill(row, 40)}\n{text}".strip() for row, text in zip(rows, words)]
     title = "Test accuracy, %: a dot a seed, a bar from mixer's mean, a black tick the paper's"
-    figure = make_figure(4 + 3.5 * len(datasets), 1.4 + 0.45 * len(rows), title)
+    height = 1.2 + 0.24 * sum(2 + name.count("\n") // 2 for name in names)
+    figure = make_figure(4 + 3.5 * len(datasets), height, title)
     axes = figure.subplots(1, len(datasets), sharey=True, squeeze=False)[0]
     for (place, row), (axis, dataset) in itertools.product(enumerate(rows), zip(axes, datasets)):
         if part := select(runs, row=row, dataset=dataset):
@@ -851,8 +859,7 @@ def plot_accuracies(runs, path):
                 axis.plot(float(part[0]["paper"]), place, "k|", ms=18, mew=2)
         axis.set_title(dataset.replace("cifar", "CIFAR-"), fontsize="medium")
         axis.grid(alpha=0.3, axis="x")
-    words = [STYLES.get(row.split("-")[0], ("", ""))[1] for row in rows]
-    axes[0].set_yticks(range(len(rows)), ["\n".join(pair).strip() for pair in zip(rows, words)])
+    axes[0].set_yticks(range(len(rows)), names)
     axes[0].invert_yaxis()
     figure.savefig(path)
 
@@ -1015,8 +1022,9 @@ def sweep(values, folder):
             runs.append((path, settings, dataset))
     for path, _, _ in runs:  # So that the command without --overwrite goes on.
         path.unlink(missing_ok=True)
-    for _, settings, dataset in runs:
-        train(settings, load(dataset), folder, dataset)
+    for path, settings, dataset in runs:
+        if not path.exists():  # The same run may stand in the command twice.
+            train(settings, load(dataset), folder, dataset)
 
 
 def main(argv):
