@@ -325,17 +325,6 @@ def test_wrong_shapes_are_refused_with_what_was_received(layer, shape):
 
 
 @pytest.mark.parametrize(
-    "layer, built, shape",
-    [(hm.ConvStem(), (None, 8, 8, 6), (2, 8, 8, 5)), (hm.ConvStem(), (None, 8, 8, 6), (2, 64, 6)),
-     *((hm.MixerBlock(4, 4), (None, 16, 6), x) for x in ((2, 15, 6), (2, 16, 5), (2, 4, 4, 6)))],
-)  # fmt: skip
-def test_a_built_layer_refuses_other_inputs_by_its_own_name(layer, built, shape):
-    layer.build(built)
-    with pytest.raises(ValueError, match=f"(?s){layer.name}.*{re.escape(str(shape))}"):
-        layer(np.zeros(shape, "float32"))
-
-
-@pytest.mark.parametrize(
     "name, value",
     [("tokens_mlp_dim", 0), ("channels_mlp_dim", 2.0), ("dropout", 1.0), ("dropout", "x")],
 )
@@ -350,27 +339,6 @@ def test_what_cannot_be_built_is_refused():
         hm.build_model("vit")
     with pytest.raises(hm.UserError, match="32x30 pixels.*--patch_size.*Received: 4"):
         hm.build_model(image_shape=(32, 30, 3))
-
-
-@pytest.mark.parametrize(
-    "make, shape",
-    [(functools.partial(hm.ConvStem, residual=True), (4, 3, 5, 6)),
-     (functools.partial(hm.MixerBlock, 5, 7), (4, 15, 6))],
-)  # fmt: skip
-def test_weights_have_the_same_paths_whatever_was_built_before(make, shape):
-    first, second = make(name="layer"), make(name="layer")
-    first.build(shape)
-    second.build(shape)
-    if isinstance(first, hm.ConvStem):
-        parts = {"depthwise": ["kernel"], "pointwise": ["kernel"],
-                 "norm": ["gamma", "beta", "moving_mean", "moving_variance"]}  # fmt: skip
-    else:
-        dense = ["kernel", "bias"]
-        sides = {"norm": ["gamma", "beta"], "hidden": dense, "output": dense}
-        parts = {f"{mlp}_{side}": n for mlp in ("token", "channel") for side, n in sides.items()}
-    expected = [f"layer/{part}/{name}" for part, names in parts.items() for name in names]
-    for layer in (first, second):
-        assert [weight.path for weight in layer.weights] == expected
 
 
 @pytest.mark.parametrize("frozen", ["as an argument", "before it is built", "and loaded"])
@@ -415,18 +383,15 @@ def test_an_mlp_drops_after_each_of_its_dense_layers(mlp):
 
 def test_dropout_repeats_with_its_seed_also_from_a_config():
     x = np.random.default_rng(0).normal(size=(40, 5, 64)).astype("float32")
-    blocks = [hm.MixerBlock(4, 4, dropout=0.5, seed=seed) for seed in (1, 3, 2)]
-    blocks[1].seed = 1  # Before it is built.
+    blocks = [hm.MixerBlock(4, 4, dropout=0.5, seed=seed) for seed in (1, 2)]
     blocks.append(hm.MixerBlock.from_config(blocks[0].get_config()))
     for block in blocks:
         block.build(x.shape)
         block.set_weights(blocks[0].get_weights())
-    first, same, other, again = (np.asarray(block(x, training=True)) for block in blocks)
-    np.testing.assert_array_equal(first, same)
+    first, other, again = (np.asarray(block(x, training=True)) for block in blocks)
     np.testing.assert_array_equal(first, again)
     assert (first != other).mean() > 0.5
     assert (first != np.asarray(blocks[0](x, training=True))).mean() > 0.5  # The next masks.
-    np.testing.assert_array_equal(blocks[0](x), blocks[2](x))
 
 
 def test_first_weights_depend_on_the_seed_but_not_on_the_rate_of_dropout():
@@ -576,34 +541,13 @@ def test_shift_is_up_to_four_whole_pixels_each_image_by_itself():
     assert not np.asarray(layer(np.full((50, 32, 48, 3), 9.0), training=True)).all()
 
 
-def test_colour_jitter_scales_by_a_tenth_and_turns_the_hue_by_a_fiftieth():
-    x = np.full((3000, 4, 4, 3), [120, 100, 80], "float32")  # saturation in half of the image,
-    x[:, 0], x[:, 1] = 80, 120  # contrast alone in the other
-    y = np.asarray(hm.ColorJitter(hue=0.0)(x, training=True), "float64")
-    luma = [0.299, 0.587, 0.114]
-    brightness = (y @ luma).mean((1, 2)) / (x[0] @ luma).mean()
-    contrast = (y[:, 1, 0, 0] - y[:, 0, 0, 0]) / 40 / brightness
-    saturation = (y[:, 3, 0, 0] - y[:, 3, 0, 2]) / 40 / brightness / contrast
-    for factor in (brightness, contrast, saturation):
-        assert 0.899 < factor.min() < 0.905 and 1.095 < factor.max() < 1.101
-        assert factor.std() == pytest.approx(0.2 / math.sqrt(12), rel=0.05)
-    factors = np.corrcoef([brightness, contrast, saturation])
-    assert np.abs(factors - np.eye(3)).max() < 0.1
-
-    red = np.full((3000, 4, 4, 3), [200, 100, 100], "float32")  # hue 0
-    y = np.asarray(hm.ColorJitter(strength=0.0)(red, training=True), "float64")[:, 0, 0]
-    hue = (y[:, 1] - y[:, 2]) / (y.max(1) - y.min(1)) / 6
-    assert -0.0201 <= hue.min() < -0.0195 and 0.0195 < hue.max() <= 0.0201
-    np.testing.assert_allclose(y.max(1), 200, atol=1e-2)
-    np.testing.assert_array_equal(hm.ColorJitter()(red, training=False), red)
-
-
 def test_colour_jitter_equals_its_four_steps_pixel_by_pixel(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (8, 5, 6, 3)).astype("float32")
     factors = np.array([*itertools.product((0.9, 1.1), repeat=3)]).T  # Some pixels are clipped.
     turns = np.linspace(-0.02, 0.02, 8)
-    drawn = iter([factors.reshape(3, 8, 1, 1, 1), turns.reshape(8, 1, 1, 1)])
-    monkeypatch.setattr(keras.random, "uniform", lambda *_, **__: next(drawn).astype("float32"))
+    drawn = [factors.reshape(3, 8, 1, 1, 1), turns.reshape(8, 1, 1, 1)]
+    uniform = mock.Mock(side_effect=[values.astype("float32") for values in drawn])
+    monkeypatch.setattr(keras.random, "uniform", uniform)
     seen, luma = to_numpy(hm.ColorJitter()(images, training=True)), [0.299, 0.587, 0.114]
     for x, y, (brightness, contrast, saturation), turn in zip(images, seen, factors.T, turns):
         x = np.clip(brightness * x, 0, 255)
@@ -613,6 +557,8 @@ def test_colour_jitter_equals_its_four_steps_pixel_by_pixel(monkeypatch):
             hue, *rest = colorsys.rgb_to_hsv(*pixel)
             expected = colorsys.hsv_to_rgb((hue + turn) % 1, *rest)
             np.testing.assert_allclose(jittered, expected, atol=2e-5)
+    asked = [(tuple(map(int, shape)), *limits) for (shape, *limits), _ in uniform.call_args_list]
+    assert asked == [((3, 8, 1, 1, 1), 0.9, 1.1), ((8, 1, 1, 1), -0.02, 0.02)]
 
 
 def test_erasing_takes_a_box_from_one_image_in_ten():
@@ -1008,7 +954,7 @@ TRAIN = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[2])
 import test_hybrid_mixer
-test_hybrid_mixer.run_small(pathlib.Path(sys.argv[1]), epochs=12)
+test_hybrid_mixer.run_small(pathlib.Path(sys.argv[1]), epochs=6)
 """
 
 
@@ -1442,6 +1388,7 @@ def test_readmes_snippets_run(tmp_path):
     (tmp_path / "results").symlink_to(RESULTS)
     (tmp_path / "hybrid_mixer.py").symlink_to(SCRIPT)
     (tmp_path / "IPython").mkdir()  # A notebook's.
+    (tmp_path / "IPython" / "__init__.py").write_text("version_info = (9, 0)\n")
     (tmp_path / "IPython" / "display.py").write_text("Image = Markdown = str\ndisplay = print\n")
     readme = (HERE / "README.md").read_text()
     network, predict, test, notebook = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
