@@ -825,6 +825,8 @@ def make_table(runs):
         parameters = " / ".join(dict.fromkeys(f"{run['parameters']:,}" for run in firsts))
         paper = " / ".join(run["paper"] for run in firsts if run["paper"])
         lines.append([row, parameters, *cells, paper])
+    if not any(line[-1] for line in lines[2:]):  # The paper has no numbers for them.
+        lines = [line[:-1] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
