@@ -1370,7 +1370,7 @@ def test_readmes_tables_and_headline_numbers_are_those_of_the_results():
     assert (RESULTS / "demo" / "table.md").read_text().split("\n\n")[0] in readme
     for table in (make_intervals(), make_costs()):
         assert table in doubts, table
-    for folder in ("published", "study", "h100", "strong"):
+    for folder in ("published", "study", "speed", "shapes", "h100", "strong"):
         table = (RESULTS / folder / "table.md").read_text().split("\n\n")[0]
         assert table in doubts, table
     text, code, place = re.findall(r"^- (?:.+\n)(?:  .+\n)*", readme, re.MULTILINE)[:3]
@@ -1399,7 +1399,7 @@ def test_readmes_snippets_run(tmp_path):
         return run_python(tmp_path / "snippets.py", cwd=tmp_path)
 
     assert run(network, "model.export('exported')\n", predict).split()[-1] in result["class_names"]
-    assert re.search(r"\| hybrid-epochs_1-num_blocks_2 \| .* \|", run(notebook))
+    assert re.search(r"\| interleaved-epochs_2-num_blocks_2 \| .* \|", run(notebook))
     load_prepared("cifar100")  # Skips the rest where it isn't.
     assert f"{result['final_test_accuracy']:.3f}" in run(predict, test)
 
