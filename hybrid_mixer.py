@@ -28,6 +28,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import timeit
 import zipfile
 import zlib
 
@@ -37,7 +38,8 @@ from absl import app, flags, logging
 if __name__ == "__main__":  # TensorFlow and Keras read these as they start.
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # On a CPU up to 1.4 times as fast.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # Hides information, not warnings.
-    os.environ["MPLBACKEND"] = "agg"  # A notebook's may not be installed here.
+    if "IPython" not in sys.modules:  # The backend of a notebook may not be installed here.
+        os.environ["MPLBACKEND"] = "agg"
 
 import keras
 from keras import layers, ops
@@ -190,8 +192,8 @@ class MixerBlock(layers.Layer):
 
         x = ops.transpose(self.token_norm(inputs), (0, 2, 1))
         x = mlp(x, self.token_hidden, self.token_output)
-        inputs = inputs + ops.transpose(x, (0, 2, 1))
-        return inputs + mlp(self.channel_norm(inputs), self.channel_hidden, self.channel_output)
+        u = inputs + ops.transpose(x, (0, 2, 1))
+        return u + mlp(self.channel_norm(u), self.channel_hidden, self.channel_output)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -295,15 +297,15 @@ def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
     Returns `((x_train, y_train), (x_test, y_test), class_names)`: uint8 images `(n, height, width,
     channels)`, int labels `(n,)`, a list of strings. Raises `UserError` if they can't be loaded.
     """
-    wanted = ["train"] if validation_split else ["train", "test"]
+    count = 1 if validation_split else 2  # How many splits are read.
     if name == "shapes":
         *splits, class_names = draw_shapes()
         if image_size:
             splits = [fit_pairs(zip(*split), image_size) for split in splits]
     elif folder := find_folder(name):
-        splits, class_names = read_folder(folder, wanted, image_size)
+        splits, class_names = read_folder(folder, count, image_size)
     else:
-        splits, class_names = read_tfds(name, wanted, data_dir, image_size)
+        splits, class_names = read_tfds(name, count, data_dir, image_size)
     if validation_split:
         images, labels = splits[0]
         cut = len(images) - math.ceil(validation_split * len(images))
@@ -335,11 +337,10 @@ def fit_pairs(pairs, size):
     """Returns images, fitted to `size`, and labels of pairs of an array and a label."""
     to_picture = functools.partial(keras.utils.array_to_img, scale=False, **CHANNELS_LAST)
     fitted = [(fit_picture(to_picture(image), size), label) for image, label in pairs]
-    images, labels = zip(*fitted)
-    return np.stack(images), np.array(labels)
+    return tuple(map(np.array, zip(*fitted)))
 
 
-def read_folder(folder, splits, size):
+def read_folder(folder, count, size):
     """Returns `[(images, labels), ...]` and class names of a folder's pictures, fitted to `size`.
 
     Files and folders whose names start with a dot are neither pictures nor classes.
@@ -357,7 +358,7 @@ def read_folder(folder, splits, size):
     if len(names) < 2:
         raise UserError(f"{folder / 'train'} needs two folders of pictures or more, one a class.")
     data, endings = [], Image.registered_extensions()
-    for split in (folder / {"train": "train", "test": second}[split] for split in splits):
+    for split in (folder / "train", folder / second)[:count]:
         files = sorted(f for f in split.glob("[!.]*/[!.]*") if f.suffix.lower() in endings)
         if wrong := {*names} ^ {file.parent.name for file in files}:
             raise UserError(f"{split} needs pictures of the classes that train/ has (or give a "
@@ -371,7 +372,7 @@ def read_folder(folder, splits, size):
     return data, names
 
 
-def read_tfds(name, splits, data_dir, size):
+def read_tfds(name, count, data_dir, size):
     """Returns `[(images, labels), ...]` and class names of a data set of tensorflow-datasets."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -390,8 +391,8 @@ def read_tfds(name, splits, data_dir, size):
             raise ValueError("its images may have several sizes, so give an --image_size")
         builder.download_and_prepare()
         second = "test" if "test" in builder.info.splits else "validation"
-        splits = [{"train": "train", "test": second}[split] for split in splits]
-        data = builder.as_dataset(splits, as_supervised=True, batch_size=None if size else -1)
+        splits, batch_size = ["train", second][:count], None if size else -1  # -1: all at once.
+        data = builder.as_dataset(splits, as_supervised=True, batch_size=batch_size)
         data = [fit_pairs(part, size) if size else part for part in tfds.as_numpy(data)]
         return data, kinds[1].names
     except Exception as error:  # What a download or a damaged file can fail of is of any class.
@@ -512,17 +513,6 @@ def add_preprocessing(network, train_images):
 TEST_BATCH = 400  # Images that are tested at once; up to 16 devices can share them.
 
 
-class Cosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Learning rate `peak * (1 + cos(pi * step / half_period)) / 2`, steps counted from 0."""
-
-    def __init__(self, peak, half_period):
-        self.peak, self.half_period = peak, half_period
-
-    def __call__(self, step):
-        step = ops.cast(step, "float32")
-        return self.peak * (1 + ops.cos(math.pi * step / self.half_period)) / 2
-
-
 def make_models(settings, train_images, num_classes):
     """Returns `(network, trainer, classifier)` as `settings` say, the trainer ready for `fit`."""
     sizes = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
@@ -532,9 +522,14 @@ def make_models(settings, train_images, num_classes):
     steps = math.ceil(len(train_images) / settings["batch_size"])  # An epoch's.
     # The authors' cosine was to fall over 30 epochs, but falls over 30 batches, then rises again.
     half_period = 30 if settings["schedule"] == "published" else settings["epochs"] * steps
-    rate = Cosine(settings["learning_rate"], half_period)
+
+    def rate():  # Keras calls it at each step; steps count from 0.
+        step = ops.cast(optimizer.iterations, "float32")
+        return settings["learning_rate"] * (1 + ops.cos(math.pi * step / half_period)) / 2
+
+    optimizer = keras.optimizers.AdamW(rate, settings["weight_decay"], epsilon=1e-8)
     trainer.compile(
-        keras.optimizers.AdamW(rate, settings["weight_decay"], epsilon=1e-8),
+        optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         # As the string "accuracy" it would make TensorFlow trace the first step twice.
         metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],
@@ -548,12 +543,12 @@ def check_data(splits, num_classes):
     """Raises `UserError` unless the splits' images and labels are what `train` takes."""
     for name, (images, labels) in zip(("train", "test"), splits):
         good = images.ndim == 4 and images.dtype == "uint8" and min(images.shape[1:3]) >= 5
-        low, high = labels.min(), labels.max()
-        if not good or labels.size != len(images) or not 0 <= low <= high < num_classes > 1:
+        known = 0 < labels.size == len(images) and np.isin(labels, range(num_classes)).all()
+        if not good or not known or num_classes < 2:
             raise UserError(
                 f"The {name} split must be uint8 images (n, height, width, channels), of 5 pixels "
                 f"or more, and a label for each, from 0 to {num_classes - 1}, of two classes or "
-                f"more. Received: {images.dtype}, {images.shape}; {labels.shape}, {low} to {high}"
+                f"more. Received: {images.dtype}, {images.shape}; {labels.shape}"
             )
 
 
@@ -596,8 +591,7 @@ def train(settings, data, folder, source=None):
     (x_train, y_train), (x_test, y_test), class_names = data
     check_data(data[:2], len(class_names))
     if unknown := settings.keys() - {*RUN, *DEFAULTS}:
-        known = ", ".join([*RUN, *DEFAULTS])
-        raise UserError(f"Settings must be of: {known}. Received: {', '.join(sorted(unknown))}")
+        raise UserError(f"Settings are those of --help, not {', '.join(sorted(unknown))}.")
     settings = {name: settings[name] for name in RUN} | DEFAULTS | settings
     seed, epochs, batch_size = (settings[key] for key in ("seed", "epochs", "batch_size"))
     folder = pathlib.Path(folder).expanduser()
@@ -661,22 +655,20 @@ def train(settings, data, folder, source=None):
         "devices": count, **describe_machine(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "history": history,
     }  # fmt: skip
-    # NumPy's numbers become Python's.
-    text = json.dumps(result, indent=1, default=lambda x: x.tolist()) + "\n"
+    text = json.dumps(result, indent=1, default=lambda x: x.tolist()) + "\n"  # Of NumPy's.
     write_atomically(folder / f"{name}.keras", classifier.save)
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
     checkpoint.unlink(missing_ok=True)  # The same run, started twice, may have ended before.
+    if count > 1:  # Or loaded models would refuse batches that can't be shared.
+        keras.distribution.set_distribution(None)
     return result
 
 
 def time_prediction(trainer, image, batch_size, rounds=20):
     """Returns the median milliseconds in which a compiled model predicts a batch of images."""
-    images, seconds = np.repeat(image, batch_size, axis=0), []
-    for _ in range(rounds + 2):  # Two to warm up.
-        begun = time.perf_counter()
-        trainer.predict_on_batch(images)
-        seconds.append(time.perf_counter() - begun)
-    return 1000 * float(np.median(seconds[2:]))
+    images = np.repeat(image, batch_size, axis=0)
+    seconds = timeit.repeat(lambda: trainer.predict_on_batch(images), number=1, repeat=rounds + 2)
+    return 1000 * float(np.median(seconds[2:]))  # Two to warm up.
 
 
 def list_changes(settings, sign):
@@ -820,7 +812,9 @@ def make_table(runs):
             gains = [run["gain"] for run in part if run["gain"] is not None]
             cell = f"{np.mean(values):.2f}" if part else ""
             cell += f" ± {np.std(values, ddof=1):.2f}" if len(part) > 1 else ""
-            cells.append(cell + (f" ({np.mean(gains):+.2f})" if any(gains) else ""))
+            cells.append(
+                cell + (f" ({np.mean(gains):+.2f})" if gains and "mixer" not in row else "")
+            )
         firsts = [part[0] for part in parts if part]
         parameters = " / ".join(dict.fromkeys(f"{run['parameters']:,}" for run in firsts))
         paper = " / ".join(run["paper"] for run in firsts if run["paper"])
@@ -945,16 +939,18 @@ def report(folder):
     for dataset in sorted({run["dataset"] for run in runs}):
         part = select(runs, dataset=dataset)
         hardware = "; ".join(sorted({run["hardware"] for run in part}))
-        counts = collections.Counter(run["row"] for run in part)
-        seeds = " to ".join(map(str, sorted({min(counts.values()), max(counts.values())})))
-        text += f"\n{dataset}: {hardware}; seeds: {seeds}.\n"
-        title = f"{dataset.replace('cifar', 'CIFAR-')}, seeds: {seeds}"
-        if len(counts) <= 6:  # Seven curves are a thicket.
-            plot_curves(part, title, folder / f"{dataset}_curves.png")
+        rows = dict.fromkeys(run["row"] for run in part)
+        seeds = f"seeds {', '.join(map(str, sorted({run['seed'] for run in part})))}"
+        text += f"\n{dataset}: {hardware}; {seeds}.\n"
+        title = f"{dataset.replace('cifar', 'CIFAR-')}, {seeds}"
+        curves = folder / f"{dataset}_curves.png"
+        curves.unlink(missing_ok=True)
+        if len(rows) <= 6:  # Seven curves are a thicket.
+            plot_curves(part, title, curves)
         files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(part)}
-        maps = {row: read_or_skip(map_blocks, files[row]) for row in counts if files[row].exists()}
+        maps = {row: read_or_skip(map_blocks, files[row]) for row in rows if files[row].exists()}
         if maps := {row: blocks for row, blocks in maps.items() if blocks}:
-            plot_blocks(maps, "Where the blocks look", folder / f"{dataset}_blocks.png")
+            plot_blocks(maps, f"Where blocks look: {title}", folder / f"{dataset}_blocks.png")
     plot_accuracies(runs, folder / "accuracies.png")
     (folder / "table.md").write_text(text, encoding="utf-8")
     return text
@@ -1059,8 +1055,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    if "epochs" in flags.FLAGS:  # A notebook's second %run of this file.
-        flags.FLAGS.unparse_flags()
-    else:
-        define_flags()
+    for name in [*SETTINGS, *RUN, "data_dir", "output_dir", "overwrite", "plot"]:
+        if name in flags.FLAGS:  # A notebook's second %run of this file.
+            delattr(flags.FLAGS, name)
+    define_flags()
     app.run(main)
