@@ -940,17 +940,19 @@ def report(folder):
         part = select(runs, dataset=dataset)
         hardware = "; ".join(sorted({run["hardware"] for run in part}))
         rows = dict.fromkeys(run["row"] for run in part)
-        seeds = f"seeds {', '.join(map(str, sorted({run['seed'] for run in part})))}"
-        text += f"\n{dataset}: {hardware}; {seeds}.\n"
-        title = f"{dataset.replace('cifar', 'CIFAR-')}, {seeds}"
+        seeds = ", ".join(map(str, sorted({run["seed"] for run in part})))
+        text += f"\n{dataset}: {hardware}; seed {seeds}.\n"
+        title = dataset.replace("cifar", "CIFAR-")
         curves = folder / f"{dataset}_curves.png"
         curves.unlink(missing_ok=True)
         if len(rows) <= 6:  # Seven curves are a thicket.
-            plot_curves(part, title, curves)
+            plot_curves(part, f"{title}, seed {seeds}", curves)
         files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(part)}
         maps = {row: read_or_skip(map_blocks, files[row]) for row in rows if files[row].exists()}
         if maps := {row: blocks for row, blocks in maps.items() if blocks}:
-            plot_blocks(maps, f"Where blocks look: {title}", folder / f"{dataset}_blocks.png")
+            plot_blocks(
+                maps, f"Where blocks look: {title}, first seed", folder / f"{dataset}_blocks.png"
+            )
     plot_accuracies(runs, folder / "accuracies.png")
     (folder / "table.md").write_text(text, encoding="utf-8")
     return text

@@ -341,24 +341,18 @@ def test_what_cannot_be_built_is_refused():
         hm.build_model(image_shape=(32, 30, 3))
 
 
-@pytest.mark.parametrize("frozen", ["as an argument", "before it is built", "and loaded"])
+@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize(
-    "make, shape",
-    [(hm.ConvStem, (5, 7, 4)), (functools.partial(hm.MixerBlock, 3, 5), (6, 4))],
-)  # fmt: skip
-def test_a_frozen_layer_learns_neither_weights_nor_statistics(make, shape, frozen, tmp_path):
-    layer = make(trainable=frozen != "as an argument", name="layer")
-    if frozen == "before it is built":
-        layer.trainable = False
-    inputs = keras.Input(shape)
+    "make, shape", [(hm.ConvStem, (5, 7, 4)), (functools.partial(hm.MixerBlock, 3, 5), (6, 4))]
+)
+def test_a_frozen_layer_learns_neither_weights_nor_statistics(make, shape, loaded, tmp_path):
+    inputs, layer = keras.Input(shape), make(trainable=False, name="layer")
     model = keras.Model(inputs, layer(inputs))
-    if frozen == "and loaded":
-        layer.trainable = False
+    if loaded:
         model.save(tmp_path / "model.keras")
         model = keras.saving.load_model(tmp_path / "model.keras")
     x = np.random.default_rng(0).normal(2, 3, (8, *shape)).astype("float32")
-    expected = to_numpy(model(x))
-    np.testing.assert_array_equal(model(x, training=True), expected)
+    np.testing.assert_array_equal(model(x, training=True), model(x))
     weights = model.get_weights()
     for trainable in (False, True):
         model.get_layer("layer").trainable = trainable
@@ -381,29 +375,6 @@ def test_an_mlp_drops_after_each_of_its_dense_layers(mlp):
     assert (y == 0).mean() == pytest.approx(0.75, abs=0.02)
 
 
-def test_dropout_repeats_with_its_seed_also_from_a_config():
-    x = np.random.default_rng(0).normal(size=(40, 5, 64)).astype("float32")
-    blocks = [hm.MixerBlock(4, 4, dropout=0.5, seed=seed) for seed in (1, 2)]
-    blocks.append(hm.MixerBlock.from_config(blocks[0].get_config()))
-    for block in blocks:
-        block.build(x.shape)
-        block.set_weights(blocks[0].get_weights())
-    first, other, again = (np.asarray(block(x, training=True)) for block in blocks)
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).mean() > 0.5
-    assert (first != np.asarray(blocks[0](x, training=True))).mean() > 0.5  # The next masks.
-
-
-def test_first_weights_depend_on_the_seed_but_not_on_the_rate_of_dropout():
-    weights = []
-    for seed, rate in ((1, 0.0), (1, 0.3), (2, 0.3)):
-        keras.utils.set_random_seed(seed)
-        weights.append(hm.build_model("interleaved", dropout=rate, num_blocks=2).get_weights())
-    for one, same, other in zip(*weights):
-        np.testing.assert_array_equal(one, same)
-        assert one.std() == 0 or (one != other).any()
-
-
 # --------------------------------------------------------------------- copied, saved, loaded
 STANDALONE = """
 import keras
@@ -414,7 +385,7 @@ from keras import layers, ops
 import numpy as np
 x = np.random.default_rng(0).normal(size=(64, 3, 5, 8)).astype("float32")
 y = x.mean((1, 2))[:, :2]
-compiled = (False, True) if keras.backend.backend() != "torch" else (False,)
+compiled = {{"jax": (True,), "torch": (False,)}}.get(keras.backend.backend(), (False, True))
 for precision, jit in ((p, j) for p in ("float32", "mixed_bfloat16") for j in compiled):
     keras.utils.set_random_seed(0)
     keras.mixed_precision.set_dtype_policy(precision)
@@ -922,26 +893,19 @@ def check_batches(dataset, images, labels):
 
 
 def test_a_result_says_what_was_reached(whole):
-    name = "shapes-interleaved-epochs_4-batch_size_64-hidden_dim_16-num_blocks_2"
-    name += "-tokens_mlp_dim_8-channels_mlp_dim_16-seed3"
-    assert sorted(path.name for path in whole[0].iterdir()) == [f"{name}.json", f"{name}.keras"]
-    result = json.loads((whole[0] / f"{name}.json").read_text())
+    (path,) = whole[0].glob("*.json")
+    result = json.loads(path.read_text())
     history = result["history"]
     assert {len(values) for values in history.values()} == {4}
     assert result["final_test_accuracy"] == history["test_accuracy"][-1]
-    assert result["best_test_accuracy_selected_on_test"] == max(history["test_accuracy"])
-    assert result["seconds_per_epoch"] == np.median(history["seconds"])
     assert result["backend"].startswith("tensorflow") and result["device"] in result["processor"]
-    versions = {"keras": keras, "numpy": np, "tensorflow_datasets": tfds}
-    versions = {name: module.__version__ for name, module in versions.items()}
-    assert versions.items() <= result.items() and result["python"] in sys.version
-    assert result["train_images_per_second"] == 200 / np.median(history["train_seconds"])
+    assert result["keras"] == keras.__version__ and result["python"] in sys.version
     assert all(0 < t < u for t, u in zip(history["train_seconds"], history["seconds"]))
     assert set(result["predict_ms"]) == {"1", "128"} and min(result["predict_ms"].values()) > 0
     assert shlex.split(result["command"]) == [
         "python", "hybrid_mixer.py", "--dataset=shapes", "--seed=3", "--model=interleaved",
         "--epochs=4", "--batch_size=64", *sorted_like(TINY)]  # fmt: skip
-    model = keras.saving.load_model(whole[0] / f"{name}.keras")
+    model = keras.saving.load_model(path.with_suffix(".keras"))
     assert not model.compiled and result["parameters"] == count_parameters(model)
     _, (images, labels), _ = hm.draw_shapes(200, 40)
     logits = model.predict(images, verbose=0).astype("float64")
@@ -954,8 +918,17 @@ TRAIN = """
 import pathlib, sys
 sys.path.insert(0, sys.argv[2])
 import test_hybrid_mixer
-test_hybrid_mixer.run_small(pathlib.Path(sys.argv[1]), epochs=6)
+test_hybrid_mixer.run_small(pathlib.Path(sys.argv[1]))
 """
+
+
+@pytest.fixture(scope="module")
+def whole_on_jax(tmp_path_factory):
+    """The folder of a run on JAX that nothing has stopped."""
+    pytest.importorskip("jax")
+    folder = tmp_path_factory.mktemp("jax")
+    run_python("-c", TRAIN, folder, HERE, backend="jax")
+    return folder
 
 
 def wait_for(condition, process):
@@ -964,24 +937,24 @@ def wait_for(condition, process):
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_a_killed_run_ends_as_one_that_was_never_stopped(backend, tmp_path):
-    run_python("-c", TRAIN, tmp_path / "whole", HERE, backend=backend)
-    process = start_python("-c", TRAIN, tmp_path / "killed", HERE, backend=backend)
-    wait_for(lambda: list(tmp_path.glob("killed/.shapes*.npz")), process)
+def test_a_killed_run_ends_as_one_that_was_never_stopped(backend, tmp_path, request):
+    jax = backend == "jax"
+    folder = request.getfixturevalue("whole_on_jax") if jax else request.getfixturevalue("whole")[0]
+    process = start_python("-c", TRAIN, tmp_path, HERE, backend=backend)
+    wait_for(lambda: list(tmp_path.glob(".shapes*.npz")), process)
     process.kill()
     process.communicate()
-    assert not list(tmp_path.glob("killed/*.json")), "the run ended before it could be killed"
-    printed = run_python("-c", TRAIN, tmp_path / "killed", HERE, backend=backend)
-    assert re.search(" [1-9][0-9]? epochs done before", printed)
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert not list(tmp_path.glob("*.json")), "the run ended before it could be killed"
+    printed = run_python("-c", TRAIN, tmp_path, HERE, backend=backend)
+    assert re.search(" [1-4] epochs done before", printed)
+    assert losses(tmp_path) == losses(folder)
 
 
-def test_several_devices_share_batches_and_change_no_history(tmp_path):
-    pytest.importorskip("jax")
-    for count in (1, 4):
-        split = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-        run_python("-c", TRAIN, tmp_path / str(count), HERE, backend="jax", **split)
-    results = [json.loads(next(tmp_path.glob(f"{i}/*.json")).read_text()) for i in (1, 4)]
+def test_several_devices_share_batches_and_change_no_history(whole_on_jax, tmp_path):
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    run_python("-c", TRAIN, tmp_path, HERE, backend="jax", **devices)
+    (path,) = tmp_path.glob("*.json")
+    results = [json.loads(file.read_text()) for file in (whole_on_jax / path.name, path)]
     assert [result["devices"] for result in results] == [1, 4]
     for key in ("train_loss", "test_loss"):
         one, four = (result["history"][key] for result in results)
@@ -1044,22 +1017,25 @@ def test_sweep_writes_results_models_plots_and_table(swept):
 
 def test_a_notebook_can_run_the_script_twice(tmp_path):
     code = """
-import io, runpy, sys
+import io, pathlib, runpy, sys
 
-class Output(io.TextIOBase):  # As a notebook's, it can't be reconfigured.
+class Output(io.TextIOBase):  # As a notebook's, it has no file.
     write = len
 
 sys.stdout = Output()
 script, folder, *sizes = sys.argv[1:]
-for more in (["--seed=3"], []):
-    sys.argv = [script, "--dataset=shapes", "--epochs=1", f"--output_dir={folder}", *sizes, *more]
+added = pathlib.Path(script).read_text().replace('"mixer": {},', '"mixer": {}, "mine": {1: {}},')
+(second := pathlib.Path(folder, "edited.py")).write_text(added)
+for path, model in ((script, "mixer"), (str(second), "mine")):
+    sys.argv = [path, "--dataset=shapes", "--epochs=1", f"--output_dir={folder}", *sizes,
+                f"--model={model}"]
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(path, run_name="__main__")
     except SystemExit as end:
         assert not end.code, end.code
 """
     run_python("-c", code, SCRIPT, tmp_path, *TINY)
-    assert sorted(path.stem[-5:] for path in tmp_path.glob("*.json")) == ["seed0", "seed3"]
+    assert sorted(path.name.split("-")[1] for path in tmp_path.glob("*.json")) == ["mine", "mixer"]
 
 
 def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(
@@ -1098,14 +1074,6 @@ def test_the_same_command_may_run_twice_at_once(tmp_path):
     for process in both:
         assert process.communicate(timeout=600)[1] is not None and process.returncode == 0
     assert len(losses(tmp_path)) == 1 and not list(tmp_path.glob(".*"))
-
-
-def test_short_run_on_real_cifar_learns(tmp_path):
-    changes = {"epochs": 1, "hidden_dim": 32, "num_blocks": 2}
-    settings = settings_with(dataset="cifar10", model="hybrid", **changes)
-    (x, y), *rest = load_prepared("cifar10")
-    result = hm.train(settings, ((x[:20_000], y[:20_000]), *rest), tmp_path)
-    assert result["final_test_accuracy"] > 0.25
 
 
 def test_control_c_stops_soon_and_says_how_to_go_on(tmp_path):
@@ -1210,7 +1178,7 @@ def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path, capsys):
         ["interleaved", "7,654,321", "", "60.00 (+10.00)", "55.03"],
     ]
     assert (tmp_path / "table.md").read_text() == table
-    assert "cifar10: abacus, beads; seeds 0, 1, 2." in table
+    assert "cifar10: abacus, beads; seed 0, 1, 2." in table
     fake_run(tmp_path, "interleaved", 1, 0.75, shuffle_patches=1)  # `mixer` can't tell.
     assert "| interleaved-shuffle_patches_1 | 1,234,567 | 75.00 (+1.00) |" in hm.report(tmp_path)
 
@@ -1234,7 +1202,7 @@ def test_curves_are_means_that_can_be_told_apart(figures, tmp_path):
             fake_run(tmp_path, model, seed, accuracy)
     hm.report(tmp_path)
     loss, accuracy = figures[0].axes
-    assert figures[0].get_suptitle() == "CIFAR-10, seeds 0, 1, 2"
+    assert figures[0].get_suptitle() == "CIFAR-10, seed 0, 1, 2"
     assert [line.get_ydata()[-1] for line in accuracy.lines] == pytest.approx([70] * 5)
     assert len({line.get_color() for line in accuracy.lines}) == 5
     assert [text.get_text() for text in accuracy.texts] == [" 70.0"] * 5
