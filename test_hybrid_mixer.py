@@ -1367,7 +1367,7 @@ def test_readmes_snippets_run(tmp_path):
         return run_python(tmp_path / "snippets.py", cwd=tmp_path)
 
     assert run(network, "model.export('exported')\n", predict).split()[-1] in result["class_names"]
-    assert re.search(r"\| interleaved-epochs_2-num_blocks_2 \| .* \|", run(notebook))
+    assert re.search(r"\| interleaved-epochs_1-num_blocks_2 \| .* \|", run(notebook))
     load_prepared("cifar100")  # Skips the rest where it isn't.
     assert f"{result['final_test_accuracy']:.3f}" in run(predict, test)
 
