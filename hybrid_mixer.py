@@ -10,7 +10,6 @@ trains for 30 epochs and writes result, model, plots and table to results/ (see 
 paper's text describes `hybrid`; what its authors' code trained is `--model interleaved`.
 """
 
-import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -87,13 +86,12 @@ class ConvStem(layers.Layer):
         across = keras.initializers.RandomUniform(-(channels**-0.5), channels**-0.5)
         # What a frozen stem is made of has to be frozen too, also when it is loaded.
         common = {"dtype": self.dtype_policy, "trainable": self.trainable}
-        kernels = {"data_format": "channels_last", "use_bias": False, **common}
+        conv = {"data_format": "channels_last", "use_bias": False, **common}
         self.depthwise = layers.DepthwiseConv2D(
-            3, padding="same", depthwise_initializer=spatial, name="depthwise", **kernels
+            3, padding="same", depthwise_initializer=spatial, name="depthwise", **conv
         )
-        self.pointwise = layers.Conv2D(
-            channels, 1, kernel_initializer=across, name="pointwise", **kernels
-        )
+        conv["kernel_initializer"] = across
+        self.pointwise = layers.Conv2D(channels, 1, name="pointwise", **conv)
         self.depthwise.build(input_shape)
         self.pointwise.build(input_shape)
         if not self.linear:
@@ -872,7 +870,7 @@ def plot_curves(runs, title, path):
     """Draws loss and accuracy over epochs: the mean of all seeds in a band of their deviation."""
     figure = make_figure(10, 4.5, title)
     loss, accuracy = figure.subplots(1, 2)
-    dashes = collections.defaultdict(lambda: itertools.cycle(["-", "--", ":", "-."]))
+    dashes = {run["color"]: itertools.cycle(["-", "--", ":", "-."]) for run in runs}
     for row in dict.fromkeys(run["row"] for run in runs):
         part = select(runs, row=row)
         color, epochs = part[0]["color"], np.arange(1, part[0]["epochs"] + 1)
