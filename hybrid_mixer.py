@@ -61,9 +61,7 @@ class ConvStem(layers.Layer):
         inputs: grid of patches, a float tensor.
         training: bool, whether batch norm uses the batch's own mean and variance.
 
-    Input shape: `(batch, height, width, channels)`; height and width may be `None`, channels are
-        fixed when the layer is built.
-    Output shape: that of the input.
+    Input and output shape: `(batch, height, width, channels)`; height and width may be `None`.
     Raises: `ValueError` for other shapes.
     Reference: Kanazi, Mnaa and Eisa, section 3.1.
 
@@ -131,8 +129,7 @@ class MixerBlock(layers.Layer):
         inputs: tokens, a float tensor.
         training: bool, whether dropout acts.
 
-    Input shape: `(batch, tokens, channels)`; tokens and channels are fixed when it is built.
-    Output shape: that of the input.
+    Input and output shape: `(batch, tokens, channels)`, fixed when the layer is built.
     Raises: `ValueError` for other shapes, and for invalid sizes and rates.
     Reference: Tolstikhin et al., 2021; Kanazi, Mnaa and Eisa, equations 1 and 2.
 
@@ -545,8 +542,8 @@ def check_data(splits, num_classes):
         if not good or not known or num_classes < 2:
             raise UserError(
                 f"The {name} split must be uint8 images (n, height, width, channels), of 5 pixels "
-                f"or more, and a label for each, from 0 to {num_classes - 1}, of two classes or "
-                f"more. Received: {images.dtype}, {images.shape}; {labels.shape}"
+                "or more, and a label from 0 for each, of two classes or more. Received: "
+                f"{images.dtype}, {images.shape}; {labels.shape}"
             )
 
 
@@ -755,42 +752,29 @@ STYLES = {  # Colour and words for the plots; all others are green.
 CURVES = ("train_loss", "test_loss", "test_accuracy")
 
 
-def read_or_skip(read, path):
-    """Returns `read(path)`; if the file isn't ours or no longer fits, says so instead."""
-    try:
-        return read(path)
-    except Exception as error:  # Whatever a foreign or damaged file makes its reader raise.
-        print(f"Left out of table and plots: {path} ({error!r})", file=sys.stderr)
-
-
-def read_run(path):
-    """Returns a result with its settings, its row's name, curves as arrays and accuracy in %."""
-    run = json.loads(path.read_text())
-    run |= DEFAULTS | run["settings"] | {"path": path}
-    run["dataset"] = clean(run["dataset"])
-    run |= {key: np.array(run["history"][key], float) for key in CURVES}
-    if {run[key].shape for key in CURVES} != {(run["epochs"],)}:
-        raise ValueError("its curves aren't as long as its epochs")
-    run["test_accuracy"] = 100 * run["test_accuracy"]
-    run["accuracy"] = run["test_accuracy"][-1]
-    run["row"] = "-".join([run["model"], *list_changes(run["settings"], "_")])
-    # The paper's text names no schedule, so its numbers stand beside runs with either.
-    run["paper"] = PAPER.get((run["dataset"], run["row"].replace("-schedule_published", "")))
-    run["color"] = STYLES.get(run["model"], ["#009E73"])[0]
-    device = "CPU" if run["device"].endswith("CPU cores") else run["device"]  # Of any make.
-    run["hardware"] = f"{device}, {run['backend']}"
-    return {**run, "order": ([*MODELS].index(run["model"]), run["row"], run["seed"])}
-
-
 def select(runs, **wanted):
     """Returns the runs that have all these values."""
     return [run for run in runs if wanted.items() <= {key: run[key] for key in wanted}.items()]
 
 
 def load_results(folder):
-    """Returns all results in a folder, in the order of `MODELS`, with their gains over `mixer`."""
-    runs = [read_or_skip(read_run, path) for path in folder.glob("[!.]*-seed*.json")]
-    runs = sorted(filter(None, runs), key=lambda run: run["order"])
+    """Returns all results in a folder, in the order of `MODELS`, with what table and plots need."""
+    runs = []
+    for path in folder.glob("[!.]*-seed*.json"):
+        run = json.loads(path.read_text())
+        run |= DEFAULTS | run["settings"] | {key: np.array(run["history"][key]) for key in CURVES}
+        run |= {"path": path, "dataset": clean(run["dataset"])}
+        run["row"] = "-".join([run["model"], *list_changes(run["settings"], "_")])
+        run["test_accuracy"] = 100 * run["test_accuracy"]
+        run["accuracy"] = run["test_accuracy"][-1]
+        # The paper's text names no schedule, so its numbers stand beside runs with either.
+        run["paper"] = PAPER.get((run["dataset"], run["row"].replace("-schedule_published", "")))
+        run["color"] = STYLES.get(run["model"], ["#009E73"])[0]
+        device = "CPU" if run["device"].endswith("CPU cores") else run["device"]  # Of any make.
+        run["hardware"] = f"{device}, {run['backend']}"
+        run["order"] = [*MODELS, run["model"]].index(run["model"]), run["row"], run["seed"]
+        runs.append(run)
+    runs.sort(key=lambda run: run["order"])
     for run in runs:  # To `mixer`, shuffled patches are like others.
         row = re.sub("-shuffle_patches_[0-9]+", "", run["row"].replace(run["model"], "mixer", 1))
         base = select(runs, row=row, dataset=run["dataset"], seed=run["seed"])
@@ -859,13 +843,6 @@ def plot_accuracies(runs, path):
     figure.savefig(path)
 
 
-def spread(values, gap):
-    """Returns ascending values moved apart until there is a gap between neighbours."""
-    steps = gap * np.arange(len(values))
-    up, down = np.array(values) - steps, np.array(values)[::-1] - steps[::-1]
-    return steps + (np.maximum.accumulate(up) + np.minimum.accumulate(down)[::-1]) / 2
-
-
 def plot_curves(runs, title, path):
     """Draws loss and accuracy over epochs: the mean of all seeds in a band of their deviation."""
     figure = make_figure(10, 4.5, title)
@@ -881,8 +858,10 @@ def plot_curves(runs, title, path):
             axis.plot(epochs, mean, marker=".", markevery=[-1], alpha=alpha, **style)
             axis.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
     lines = sorted(accuracy.lines, key=lambda line: line.get_ydata()[-1])
-    ends = [line.get_ydata()[-1] for line in lines]
-    for line, end, place in zip(lines, ends, spread(ends, np.ptp(accuracy.get_ylim()) / 25)):
+    ends = np.array([line.get_ydata()[-1] for line in lines])
+    steps = np.ptp(accuracy.get_ylim()) / 25 * np.arange(len(ends))  # Labels apart.
+    up, down = np.maximum.accumulate(ends - steps), np.minimum.accumulate((ends - steps)[::-1])
+    for line, end, place in zip(lines, ends, steps + (up + down[::-1]) / 2):
         style = {"color": line.get_color(), "va": "center"}
         accuracy.text(line.get_xdata()[-1], place, f" {end:.1f}", **style)
     loss.set(title="loss: test strong, train pale", xlabel="epoch", ylabel="cross-entropy")
@@ -894,35 +873,40 @@ def plot_curves(runs, title, path):
     figure.savefig(path)
 
 
-def map_offsets(block, height, width):
-    """Returns a block's mean |W1 W2| over pairs of patches, by the offset of the patch read.
+def map_blocks(path):
+    """Returns, of each block of a saved model, mean |W1 W2| by the offset of the patch read.
 
     Offsets run from minus half of height and width to plus half; there are few pairs beyond.
     """
-    w1, w2 = (ops.convert_to_numpy(d.kernel) for d in (block.token_hidden, block.token_output))
-    weights = abs(w1 @ w2).T.reshape(height, width, height, width)  # (to y, to x, from y, from x)
+    try:
+        network, maps = keras.saving.load_model(path).layers[-1], {}
+    except Exception as error:  # As one of a newer Keras.
+        print(f"Left out of the plot of blocks: {path} ({error!r})", file=sys.stderr)
+        return {}
+    height, width = network.get_layer("patch_embedding").output.shape[1:3]
     down, right = (np.arange(-(size // 2), size // 2 + 1) for size in (height, width))
-    # A diagonal has all pairs of one offset: of x first, which leaves (to y, from y, pairs).
-    across = [np.diagonal(weights, dx, axis1=1, axis2=3) for dx in right]
-    return np.array([[np.diagonal(x, dy, 0, 1).mean() for x in across] for dy in down])
+    for block in (layer for layer in network.layers if isinstance(layer, MixerBlock)):
+        w1, w2 = (ops.convert_to_numpy(d.kernel) for d in (block.token_hidden, block.token_output))
+        weights = abs(w1 @ w2).T.reshape(height, width, height, width)  # To y, x; from y, x.
+        # A diagonal has all pairs of one offset: of x first, which leaves (to y, from y, pairs).
+        across = [np.diagonal(weights, dx, axis1=1, axis2=3) for dx in right]
+        maps[block.name] = [[np.diagonal(x, dy, 0, 1).mean() for x in across] for dy in down]
+    return maps
 
 
-def map_blocks(path):
-    """Returns `{block's name: what it reads}` of a saved model, as `map_offsets` maps it."""
-    network = keras.saving.load_model(path).layers[-1]
-    grid = network.get_layer("patch_embedding").output.shape[1:3]
-    blocks = [layer for layer in network.layers if isinstance(layer, MixerBlock)]
-    return {block.name: map_offsets(block, *grid) for block in blocks}
-
-
-def plot_blocks(maps, title, path):
-    """Draws what the blocks of each of `{name: map_blocks(file)}` look at: a row for each."""
+def plot_blocks(runs, title, path):
+    """Draws what the blocks of each row's first saved model look at."""
+    files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(runs)}
+    maps = {row: map_blocks(file) for row, file in reversed(files.items()) if file.exists()}
+    maps = {row: blocks for row, blocks in maps.items() if blocks}
+    if not maps:
+        return
     figure = make_figure(10, 1.6 * len(maps) + 0.5, title)
-    for part, (name, blocks) in zip(figure.subfigures(len(maps), squeeze=False).flat, maps.items()):
-        part.suptitle(name, fontsize="medium")
+    for part, (row, blocks) in zip(figure.subfigures(len(maps), squeeze=False).flat, maps.items()):
+        part.suptitle(row, fontsize="medium")
         axes = part.subplots(1, len(blocks), squeeze=False)[0]
         for axis, (block, values) in zip(axes, blocks.items()):
-            axis.imshow(values / values.mean(), vmin=0.5, vmax=2.5)
+            axis.imshow(values / np.mean(values), vmin=0.5, vmax=2.5)
             axis.set(xticks=[], yticks=[], xlabel=block.replace("_", " "))
     figure.savefig(path)
 
@@ -937,20 +921,14 @@ def report(folder):
     for dataset in sorted({run["dataset"] for run in runs}):
         part = select(runs, dataset=dataset)
         hardware = "; ".join(sorted({run["hardware"] for run in part}))
-        rows = dict.fromkeys(run["row"] for run in part)
         seeds = ", ".join(map(str, sorted({run["seed"] for run in part})))
         text += f"\n{dataset}: {hardware}; seed {seeds}.\n"
-        title = dataset.replace("cifar", "CIFAR-")
-        curves = folder / f"{dataset}_curves.png"
+        title, curves = dataset.replace("cifar", "CIFAR-"), folder / f"{dataset}_curves.png"
         curves.unlink(missing_ok=True)
-        if len(rows) <= 6:  # Seven curves are a thicket.
+        if len({run["row"] for run in part}) <= 6:  # Seven curves are a thicket.
             plot_curves(part, f"{title}, seed {seeds}", curves)
-        files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(part)}
-        maps = {row: read_or_skip(map_blocks, files[row]) for row in rows if files[row].exists()}
-        if maps := {row: blocks for row, blocks in maps.items() if blocks}:
-            plot_blocks(
-                maps, f"Where blocks look: {title}, first seed", folder / f"{dataset}_blocks.png"
-            )
+        title = f"Where blocks look: {title}, first seed"
+        plot_blocks(part, title, folder / f"{dataset}_blocks.png")
     plot_accuracies(runs, folder / "accuracies.png")
     (folder / "table.md").write_text(text, encoding="utf-8")
     return text
