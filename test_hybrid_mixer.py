@@ -1175,14 +1175,9 @@ def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path, capsys):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that a test makes."""
-    made, make_figure = [], hm.make_figure
-
-    def spy(*size):
-        made.append(make_figure(*size))
-        return made[-1]
-
-    monkeypatch.setattr(hm, "make_figure", spy)
+    """The figures that a test saves."""
+    made = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, path: made.append(self))
     return made
 
 
