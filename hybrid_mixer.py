@@ -778,7 +778,8 @@ def load_results(folder):
     for run in runs:  # To `mixer`, shuffled patches are like others.
         row = re.sub("-shuffle_patches_[0-9]+", "", run["row"].replace(run["model"], "mixer", 1))
         base = select(runs, row=row, dataset=run["dataset"], seed=run["seed"])
-        run["gain"] = run["accuracy"] - base[0]["accuracy"] if base else None
+        paired = base and base[0] is not run
+        run["gain"] = run["accuracy"] - base[0]["accuracy"] if paired else None
     return runs
 
 
@@ -794,9 +795,7 @@ def make_table(runs):
             gains = [run["gain"] for run in part if run["gain"] is not None]
             cell = f"{np.mean(values):.2f}" if part else ""
             cell += f" ± {np.std(values, ddof=1):.2f}" if len(part) > 1 else ""
-            cells.append(
-                cell + (f" ({np.mean(gains):+.2f})" if gains and "mixer" not in row else "")
-            )
+            cells.append(cell + (f" ({np.mean(gains):+.2f})" if gains else ""))
         firsts = [part[0] for part in parts if part]
         parameters = " / ".join(dict.fromkeys(f"{run['parameters']:,}" for run in firsts))
         paper = " / ".join(run["paper"] for run in firsts if run["paper"])
