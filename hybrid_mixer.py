@@ -13,7 +13,6 @@ paper's text describes `hybrid`; what its authors' code trained is `--model inte
 import concurrent.futures
 import contextlib
 import functools
-import io
 import itertools
 import json
 import math
@@ -28,7 +27,6 @@ import tempfile
 import textwrap
 import time
 import timeit
-import zipfile
 import zlib
 
 import numpy as np
@@ -480,9 +478,8 @@ def add_preprocessing(network, train_images):
     # One image at a time, because all images as floats may not fit in memory.
     squares = sum(np.square(x, dtype="uint16").sum((0, 1), "uint64") for x in train_images)
     variance = squares / train_images[..., 0].size - mean**2
-    # As lists, since PyTorch can't put NumPy's float64 on an Apple GPU.
-    moments = {"mean": mean.tolist(), "variance": variance.tolist()}
-    normalize = layers.Normalization(**moments, dtype="float32")
+    # Lists, since PyTorch can't put NumPy's float64 on an Apple GPU.
+    normalize = layers.Normalization(-1, mean.tolist(), variance.tolist(), dtype="float32")
     # Keras draws the probability from a range: only (0.1, 0.1) means one image of ten.
     common = {**CHANNELS_LAST, "dtype": "float32"}
     erase = layers.RandomErasing((0.1, 0.1), (0.02, 0.33), fill_value=0.0, **common)
@@ -538,13 +535,11 @@ def check_data(splits, num_classes):
     """Raises `UserError` unless the splits' images and labels are what `train` takes."""
     for name, (images, labels) in zip(("train", "test"), splits):
         good = images.ndim == 4 and images.dtype == "uint8" and min(images.shape[1:3]) >= 5
-        known = 0 < labels.size == len(images) and np.isin(labels, range(num_classes)).all()
-        if not good or not known or num_classes < 2:
-            raise UserError(
-                f"The {name} split must be uint8 images (n, height, width, channels), of 5 pixels "
-                "or more, and a label from 0 for each, of two classes or more. Received: "
-                f"{images.dtype}, {images.shape}; {labels.shape}"
-            )
+        known = labels.shape == (len(images),) and np.isin(labels, range(num_classes)).all()
+        if not good or not known:
+            raise UserError(f"The {name} split must be uint8 images (n, height, width, channels), "
+                            "of 5 pixels or more, and a label from 0 for each. Received: "
+                            f"{images.dtype}, {images.shape}; {labels.shape}")  # fmt: skip
 
 
 def fingerprint(data):
@@ -607,7 +602,7 @@ def train(settings, data, folder, source=None):
         on_epoch_end=lambda *_: setattr(trainer, "stop_training", True)
     )
     # A file takes a line for each epoch, a terminal or a notebook the bar.
-    verbose = 2 if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty() else 1
+    verbose = 1 if sys.stdout.isatty() or "IPython" in sys.modules else 2
     common = {"shuffle": False, "epochs": epochs, "callbacks": [stop], "verbose": verbose}
     test = feed(x_test, y_test, TEST_BATCH)
     name, mark = run_name(settings), fingerprint(data)
@@ -700,7 +695,7 @@ def load_checkpoint(path, model, mark):
             return json.loads(file["history"].item())
     except FileNotFoundError:
         return {}
-    except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # What a file that doesn't fit can fail of is of many classes.
         told = f"{path} doesn't fit this model or these images: delete it to start anew."
         raise UserError(told) from error
 
@@ -719,15 +714,14 @@ def describe_machine():
     cpu = re.search("model name\t: (.*)", info.read_text() if info.exists() else "")
     cpu = f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} CPU cores"
     if backend == "tensorflow":
-        details = library.config.experimental.get_device_details
-        gpus = [details(gpu) for gpu in library.config.get_visible_devices("GPU")]
-        names = [gpu.get("device_name", "GPU") for gpu in gpus]
+        config = library.config
+        details = map(config.experimental.get_device_details, config.get_visible_devices("GPU"))
+        names = [gpu.get("device_name", "GPU") for gpu in details]
     elif backend == "jax":
         names = [device.device_kind for device in library.devices() if device.platform != "cpu"]
     else:
         kind = ops.zeros(1).device.type  # Keras picks it: cpu, cuda, mps (an Apple GPU) or xpu.
-        name = library.cuda.get_device_name() if kind == "cuda" else kind
-        names = [name] if kind != "cpu" else []
+        names = [library.cuda.get_device_name() if kind == "cuda" else kind] * (kind != "cpu")
     modules = ("keras", "numpy", "tensorflow_datasets")  # The last is `None` where it read nothing.
     versions = {name: getattr(sys.modules.get(name), "__version__", None) for name in modules}
     return {"device": [*names, cpu][0], "processor": cpu, "python": platform.python_version(),
@@ -877,11 +871,7 @@ def map_blocks(path):
 
     Offsets run from minus half of height and width to plus half; there are few pairs beyond.
     """
-    try:
-        network, maps = keras.saving.load_model(path).layers[-1], {}
-    except Exception as error:  # As one of a newer Keras.
-        print(f"Left out of the plot of blocks: {path} ({error!r})", file=sys.stderr)
-        return {}
+    network, maps = keras.saving.load_model(path).layers[-1], {}
     height, width = network.get_layer("patch_embedding").output.shape[1:3]
     down, right = (np.arange(-(size // 2), size // 2 + 1) for size in (height, width))
     for block in (layer for layer in network.layers if isinstance(layer, MixerBlock)):
@@ -897,7 +887,6 @@ def plot_blocks(runs, title, path):
     """Draws what the blocks of each row's first saved model look at."""
     files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(runs)}
     maps = {row: map_blocks(file) for row, file in reversed(files.items()) if file.exists()}
-    maps = {row: blocks for row, blocks in maps.items() if blocks}
     if not maps:
         return
     figure = make_figure(10, 1.6 * len(maps) + 0.5, title)

@@ -323,17 +323,11 @@ def test_wrong_shapes_are_refused_with_what_was_received(layer, shape):
         layer.build(shape)
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [("tokens_mlp_dim", 0), ("channels_mlp_dim", 2.0), ("dropout", 1.0), ("dropout", "x")],
-)
-def test_values_of_a_block_that_cannot_be_are_named(name, value):
-    values = {"tokens_mlp_dim": 4, "channels_mlp_dim": 4, name: value}
-    with pytest.raises(ValueError, match=f"`{name}` must be.*Received: {name}={value}"):
-        hm.MixerBlock(**values)
-
-
-def test_what_cannot_be_built_is_refused():
+def test_what_cannot_be_built_is_named():
+    for wrong in ({"tokens_mlp_dim": 0}, {"channels_mlp_dim": 2.0}, {"dropout": 1.0}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"`{name}` must be.*Received: {name}={value}"):
+            hm.MixerBlock(**{"tokens_mlp_dim": 4, "channels_mlp_dim": 4, **wrong})
     with pytest.raises(hm.UserError, match="`model` must be one of mixer.*Received: model=vit"):
         hm.build_model("vit")
     with pytest.raises(hm.UserError, match="32x30 pixels.*--patch_size.*Received: 4"):
@@ -539,11 +533,6 @@ def test_erasing_takes_a_box_from_one_image_in_ten():
     assert 0.085 < which.mean() < 0.115
     area = erased[which].mean((1, 2))
     assert 0.01 < area.min() < 0.06 and 0.27 < area.max() < 0.36
-    for box in erased[which][:100]:
-        assert box.sum() == box.any(0).sum() * box.any(1).sum()
-    height, width = erased[which].any(2).sum(1), erased[which].any(1).sum(1)
-    assert 2 < (height / width).max() < 5.5 and 2 < (width / height).max() < 5.5
-    assert np.isin(y, (0, 1)).all()
 
 
 def test_boxes_have_the_mean_colour_but_what_shift_and_turn_uncover_is_black():
@@ -790,19 +779,15 @@ def test_what_is_wrong_with_a_folder_is_told_by_name(tmp_path):
         hm.load_data(str(single), None, 8)
 
 
-@pytest.mark.parametrize("size, dtype", [(4, "uint8"), (8, "float32")])
-def test_images_and_labels_that_do_not_serve_are_told(size, dtype, tmp_path):
-    images, labels = np.zeros((6, 8, size, 3), dtype), np.arange(6) % 2
-    good, settings = np.zeros((6, 8, 8, 3), "uint8"), settings_with(**SMALL)
-    wrong = [(images, labels), (good, labels - 1), (good, labels + 1), (good, np.eye(2)[labels])]
-    for split in wrong:
+def test_images_labels_and_settings_that_do_not_serve_are_told(tmp_path):
+    images, labels = np.zeros((6, 8, 8, 3), "uint8"), np.arange(6) % 2
+    good = images, labels
+    for wrong in ((images[:, :4], labels), (images / 255, labels), (images, labels - 1),
+                  (images, labels + 1), (images, np.eye(2)[labels])):  # fmt: skip
         with pytest.raises(hm.UserError, match="test split must be uint8.* label from 0 for each"):
-            hm.train(settings, ((good, labels), split, ["x", "y"]), tmp_path)
-    with pytest.raises(hm.UserError, match="train split .* two classes or more"):
-        hm.train(settings, ((good, labels * 0), (good, labels * 0), ["x"]), tmp_path)
+            hm.train(settings_with(**SMALL), (good, wrong, ["x", "y"]), tmp_path)
     with pytest.raises(hm.UserError, match="Settings are those of --help, not dropuot, epoch"):
-        data = (good, labels), (good, labels), ["x", "y"]
-        hm.train(settings_with(**SMALL, epoch=1, dropuot=0), data, tmp_path)
+        hm.train(settings_with(epoch=1, dropuot=0), (good, good, ["x", "y"]), tmp_path)
     assert not [*tmp_path.iterdir()]
 
 
@@ -962,14 +947,9 @@ def test_several_devices_share_batches_and_change_no_history(whole_on_jax, tmp_p
 
 @pytest.mark.parametrize("damage", ["half", "another model's", "of other images"])
 def test_a_checkpoint_that_does_not_fit_is_an_error_and_left_alone(damage, tmp_path, monkeypatch):
-    def write_and_stop(*arguments):
-        write(*arguments)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        write = hm.write_atomically
-        patch.setattr(hm, "write_atomically", write_and_stop)
-        run_small(tmp_path, epochs=2)
+        patch.setattr(keras.Model, "save", mock.Mock(side_effect=KeyboardInterrupt))
+        run_small(tmp_path, epochs=1)
     (checkpoint,) = tmp_path.glob(".shapes*.npz")
     if damage == "half":
         checkpoint.write_bytes(checkpoint.read_bytes()[:999])
@@ -979,7 +959,7 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_and_left_alone(damage, tmp_p
         monkeypatch.setattr(hm, "fingerprint", lambda data: "another")
     content = checkpoint.read_bytes()
     with pytest.raises(hm.UserError, match="npz doesn't fit this model or these images"):
-        run_small(tmp_path, epochs=2)
+        run_small(tmp_path, epochs=1)
     assert checkpoint.read_bytes() == content
 
 
@@ -1010,31 +990,20 @@ def test_sweep_writes_results_models_plots_and_table(swept):
     assert ("NO GPU FOUND" in printed) == ('"tensorflow[and-cuda]"' in printed) == on_cpu
     assert "parameters, 0 epochs done before" in printed and "Epoch 2/2" in printed
     assert "\b" not in printed and len(printed.splitlines()) < 50  # A file takes no moving bar.
-    for path in folder.glob("*.png"):
-        assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
 
 
 def test_a_notebook_can_run_the_script_twice(tmp_path):
     code = """
-import io, pathlib, runpy, sys
-
-class Output(io.TextIOBase):  # As a notebook's, it has no file.
-    write = len
-
-sys.stdout = Output()
-script, folder, *sizes = sys.argv[1:]
-added = pathlib.Path(script).read_text().replace('"mixer": {},', '"mixer": {}, "mine": {1: {}},')
-(second := pathlib.Path(folder, "edited.py")).write_text(added)
-for path, model in ((script, "mixer"), (str(second), "mine")):
-    sys.argv = [path, "--dataset=shapes", "--epochs=1", f"--output_dir={folder}", *sizes,
-                f"--model={model}"]
+import runpy, sys
+for seed in (["--seed=7"], []):  # The second run must not keep the first one's flags.
     try:
-        runpy.run_path(path, run_name="__main__")
+        sys.argv[1:] = ["--dataset=shapes", "--epochs=1", *seed, *sys.argv[-5:]]
+        runpy.run_path("hybrid_mixer.py", run_name="__main__")
     except SystemExit as end:
         assert not end.code, end.code
 """
-    run_python("-c", code, SCRIPT, tmp_path, *TINY)
-    assert sorted(path.name.split("-")[1] for path in tmp_path.glob("*.json")) == ["mine", "mixer"]
+    run_python("-c", code, f"--output_dir={tmp_path}", *TINY)
+    assert sorted(path.stem[-1] for path in tmp_path.glob("*.json")) == ["0", "7"]
 
 
 def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(
@@ -1141,7 +1110,7 @@ def fake_run(folder, model, seed, accuracy, **changes):
 
 
 @pytest.mark.filterwarnings("error")
-def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path, capsys):
+def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path):
     for model, seed, accuracy in (
         ("mixer", 0, 0.70), ("mixer", 1, 0.74), ("hybrid", 1, 0.80), ("hybrid", 0, 0.78),
         ("hybrid", 2, 0.88),
@@ -1153,10 +1122,7 @@ def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path, capsys):
     path, run = fake_run(tmp_path, "interleaved", 0, 0.6, dataset="cifar100")
     path.write_text(json.dumps({**run, "parameters": 7654321}))
     fake_run(tmp_path, "mixer", 9, 0.9)[0].rename(tmp_path / ".partial-1-mixer-seed9.json")
-    (tmp_path / "cifar10-hybrid-seed0.keras").write_bytes(b"a newer version's")
     table = hm.report(tmp_path)
-    told = f"Left out of the plot of blocks: {tmp_path}/cifar10-hybrid-seed0.keras ("
-    assert told in capsys.readouterr().err
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     # Standard deviations by hand: of 70, 74 and of 80, 78, 88; the gains are 8 and 6.
     assert rows[0] == ["model", "parameters", "cifar10, %", "cifar100, %", "paper, %"]
@@ -1297,8 +1263,7 @@ def make_intervals():
         cells = []
         for dataset in ("cifar10", "cifar100"):
             values = gains(folder, dataset, row, other)
-            text = "{:+.2f} ({:.2f} to {:.2f})".format(*interval(values)) if values else ""
-            cells.append(text)
+            cells += ["{:+.2f} ({:.2f} to {:.2f})".format(*interval(values)) if values else ""]
         lines.append(f"| {folder} | {row} | {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
