@@ -964,7 +964,6 @@ def define_flags():
         flags.register_validator(name, lambda v, ok=valid: v and all(map(ok, v)), f"must be {text}")
     flags.DEFINE_string("data_dir", None, "Folder of tensorflow-datasets.")
     flags.DEFINE_string("output_dir", "results", "Folder of results, models, plots and table.")
-    flags.DEFINE_boolean("overwrite", False, "Delete the results of these runs, then run them.")
     flags.DEFINE_boolean("plot", False, "Train nothing; draw plots and table of the results.")
 
 
@@ -980,13 +979,11 @@ def sweep(values, folder):
         settings = {"dataset": name, "model": model, "seed": int(seed)}
         settings |= {key: values[key] for key in DEFAULTS}
         path = folder / f"{run_name(settings)}.json"
-        if path.exists() and not values["overwrite"]:
-            print(f"{path} is done already; --overwrite would run it again.")
+        if path.exists():
+            print(f"{path} is done already: delete it to train again.")
         else:
             load(dataset)  # What is unavailable is told before hours of training.
             runs.append((path, settings, dataset))
-    for path, _, _ in runs:  # So that the command without --overwrite goes on.
-        path.unlink(missing_ok=True)
     for path, settings, dataset in runs:
         if not path.exists():  # The same run may stand in the command twice.
             train(settings, load(dataset), folder, dataset)
@@ -1016,12 +1013,11 @@ def main(argv):
     except UserError as error:
         sys.exit(f"hybrid_mixer.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nhybrid_mixer.py: stopped; the same command, without --overwrite, goes on after "
-                 "the last whole epoch.")  # fmt: skip
+        sys.exit("\nhybrid_mixer.py: stopped; the same command goes on after the last whole epoch.")
 
 
 if __name__ == "__main__":
-    for name in [*SETTINGS, *RUN, "data_dir", "output_dir", "overwrite", "plot"]:
+    for name in [*SETTINGS, *RUN, "data_dir", "output_dir", "plot"]:
         if name in flags.FLAGS:  # A notebook's second %run of this file.
             delattr(flags.FLAGS, name)
     define_flags()

@@ -555,7 +555,7 @@ def test_shapes_are_the_same_each_time_balanced_and_of_the_promised_form():
     assert len(forms) == len({form for _, form in forms}) == len(set(names)) == 10
 
 
-@functools.cache  # `load_data` itself keeps only the last one.
+@functools.cache
 def load_prepared(name):
     """Loads a data set if that takes no network; if it does, skips the test."""
     if not tfds.builder(name).is_prepared():
@@ -990,24 +990,6 @@ def test_a_run_alone_equals_the_run_in_a_sweep_and_a_done_run_is_not_repeated(
     main(*command, f"--output_dir={folder}", *TINY)
     assert capsys.readouterr().out.count("is done already") == 4
     assert {p.name: p.stat().st_mtime_ns for p in folder.glob("*.json")} == before
-
-
-def test_an_overwriting_sweep_that_was_stopped_goes_on_without_the_flag(main, tmp_path):
-    def stop_at_the_second(settings, data, folder, source):
-        if trained:
-            raise KeyboardInterrupt
-        trained.append(settings["model"])
-        fake_run(folder, settings["model"], settings["seed"], 0.6, dataset="shapes")
-
-    for model in ("mixer", "hybrid"):
-        fake_run(tmp_path, model, 0, 0.5, dataset="shapes")
-    trained, command = [], "--model=mixer,hybrid"
-    with mock.patch.object(hm, "train", stop_at_the_second):
-        with pytest.raises(SystemExit, match="without --overwrite, goes on"):
-            main(command, "--overwrite")
-        with pytest.raises(SystemExit):
-            main(command)
-    assert trained == ["mixer"]
 
 
 def test_the_same_command_may_run_twice_at_once(tmp_path):
