@@ -13,6 +13,7 @@ paper's text describes `hybrid`; what its authors' code trained is `--model inte
 import concurrent.futures
 import contextlib
 import functools
+import io
 import itertools
 import json
 import math
@@ -536,9 +537,9 @@ def check_data(splits, num_classes):
     for name, (images, labels) in zip(("train", "test"), splits):
         good = images.ndim == 4 and images.dtype == "uint8" and min(images.shape[1:3]) >= 5
         known = labels.shape == (len(images),) and np.isin(labels, range(num_classes)).all()
-        if not good or not known:
+        if not good or not known or num_classes < 2:
             raise UserError(f"The {name} split must be uint8 images (n, height, width, channels), "
-                            "of 5 pixels or more, and a label from 0 for each. Received: "
+                            "of 5 pixels or more, with labels from 0, two or more. Received: "
                             f"{images.dtype}, {images.shape}; {labels.shape}")  # fmt: skip
 
 
@@ -602,7 +603,7 @@ def train(settings, data, folder, source=None):
         on_epoch_end=lambda *_: setattr(trainer, "stop_training", True)
     )
     # A file takes a line for each epoch, a terminal or a notebook the bar.
-    verbose = 1 if sys.stdout.isatty() or "IPython" in sys.modules else 2
+    verbose = 2 if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty() else 1
     common = {"shuffle": False, "epochs": epochs, "callbacks": [stop], "verbose": verbose}
     test = feed(x_test, y_test, TEST_BATCH)
     name, mark = run_name(settings), fingerprint(data)

@@ -770,7 +770,7 @@ def test_images_labels_and_settings_that_do_not_serve_are_told(tmp_path):
     good = images, labels
     for wrong in ((images[:, :4], labels), (images / 255, labels), (images, labels - 1),
                   (images, labels + 1), (images, np.eye(2)[labels])):  # fmt: skip
-        with pytest.raises(hm.UserError, match="test split must be uint8.* label from 0 for each"):
+        with pytest.raises(hm.UserError, match="test split must be uint8.* labels from 0"):
             hm.train(settings_with(**SMALL), (good, wrong, ["x", "y"]), tmp_path)
     with pytest.raises(hm.UserError, match="Settings are those of --help, not dropuot, epoch"):
         hm.train(settings_with(epoch=1, dropuot=0), (good, good, ["x", "y"]), tmp_path)
