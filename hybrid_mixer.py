@@ -158,11 +158,6 @@ class MixerBlock(layers.Layer):
         # What a frozen block is made of has to be frozen too, also when it is loaded.
         common = {"dtype": self.dtype_policy, "trainable": self.trainable}
 
-        def norm(name):
-            layer = layers.LayerNormalization(epsilon=1e-5, name=name, **common)
-            layer.build(input_shape)
-            return layer
-
         def dense(name, fan_in, units, activation=None):
             keys, bound = ("kernel_initializer", "bias_initializer"), fan_in**-0.5
             uniform = {key: keras.initializers.RandomUniform(-bound, bound) for key in keys}
@@ -170,10 +165,12 @@ class MixerBlock(layers.Layer):
             layer.build((None, None, fan_in))
             return layer
 
-        self.token_norm = norm("token_norm")
+        self.token_norm = layers.LayerNormalization(epsilon=1e-5, name="token_norm", **common)
+        self.token_norm.build(input_shape)
         self.token_hidden = dense("token_hidden", tokens, self.tokens_mlp_dim, "gelu")  # Exact.
         self.token_output = dense("token_output", self.tokens_mlp_dim, tokens)
-        self.channel_norm = norm("channel_norm")
+        self.channel_norm = layers.LayerNormalization(epsilon=1e-5, name="channel_norm", **common)
+        self.channel_norm.build(input_shape)
         self.channel_hidden = dense("channel_hidden", channels, self.channels_mlp_dim, "gelu")
         self.channel_output = dense("channel_output", self.channels_mlp_dim, channels)
         # Each call draws a new mask, so that one layer serves all four places.
@@ -253,24 +250,20 @@ def build_model(
         names, bound = ("kernel_initializer", "bias_initializer"), fan_in**-0.5
         return {name: keras.initializers.RandomUniform(-bound, bound) for name in names}
 
-    def convolve(x, place):
-        if place not in MODELS[model]:
-            return x
-        stem = ConvStem(**MODELS[model][place], name=f"conv_{place}" if place else "stem")
-        return layers.Reshape(tokens)(stem(layers.Reshape(grid)(x)))
-
     images = keras.Input(image_shape, dtype="float32", name="images")
     embed = {**uniform(patch_size**2 * channels), **CHANNELS_LAST, "name": "patch_embedding"}
     x = layers.Conv2D(hidden_dim, patch_size, patch_size, **embed)(images)
     x = layers.Reshape(tokens)(x)
     if shuffle_patches:
         x = ops.take(x, np.random.default_rng(shuffle_patches).permutation(tokens[0]), axis=1)
-    x = convolve(x, 0)
-    for i in range(1, num_blocks + 1):
-        # Drawn without dropout too, or later layers' first weights would depend on `dropout`.
-        block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
-        x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
-        x = convolve(x, i)
+    for i in range(num_blocks + 1):
+        if i > 0:
+            # Drawn without dropout too, or later layers' first weights would depend on `dropout`.
+            block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
+            x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
+        if i in MODELS[model]:
+            stem = ConvStem(**MODELS[model][i], name=f"conv_{i}" if i else "stem")
+            x = layers.Reshape(tokens)(stem(layers.Reshape(grid)(x)))
     x = layers.LayerNormalization(epsilon=1e-5, name="norm")(x)
     x = layers.GlobalAveragePooling1D(**CHANNELS_LAST, name="mean_of_tokens")(x)
     head = layers.Dense(num_classes, **uniform(hidden_dim), dtype="float32", name="head")
@@ -335,10 +328,7 @@ def fit_pairs(pairs, size):
 
 
 def read_folder(folder, count, size):
-    """Returns `[(images, labels), ...]` and class names of a folder's pictures, fitted to `size`.
-
-    Files and folders whose names start with a dot are neither pictures nor classes.
-    """
+    """Returns `[(images, labels), ...]` and class names of a folder's pictures, cut to `size`."""
     from PIL import Image
 
     def read(path):
@@ -348,6 +338,7 @@ def read_folder(folder, count, size):
     if not size:
         raise UserError(f"Pictures in {folder} may have several sizes: give an --image_size.")
     second = "test" if (folder / "test").is_dir() else "validation"
+    # What is hidden, its name starting with a dot, is neither a class nor a picture.
     names = sorted(path.name for path in (folder / "train").glob("[!.]*") if path.is_dir())
     if len(names) < 2:
         raise UserError(f"{folder / 'train'} needs two folders of pictures or more, one a class.")
@@ -391,10 +382,8 @@ def read_tfds(name, count, data_dir, size):
         return data, kinds[1].names
     except Exception as error:  # What a download or a damaged file can fail of is of any class.
         told = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(
-            f"Data set {name!r} is unavailable ({told}): fix that, or take --dataset shapes, which "
-            "is drawn here, or a folder, whose name needs a slash, as ./pets."
-        ) from error
+        raise UserError(f"Data set {name!r} is unavailable ({told}): fix that, or take --dataset "
+                        "shapes, or a folder with a slash: ./pets.") from error  # fmt: skip
 
 
 def draw_shapes(num_train=5000, num_test=1000, seed=0):
@@ -438,12 +427,11 @@ class ColorJitter(layers.Layer):
     """Changes the colours of each image `(batch, height, width, 3)`, pixels 0-255, in training.
 
     As torchvision does, unlike Keras's layers: brightness, contrast and saturation by factors
-    within `1 +- strength`, then hue by up to `hue` of the full circle.
+    from 0.9 to 1.1, then hue by up to 0.02 of the full circle.
     """
 
-    def __init__(self, strength=0.1, hue=0.02, **kwargs):
+    def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.strength, self.hue = strength, hue
         self.seed_generator = keras.random.SeedGenerator()
 
     def call(self, x, training=None):
@@ -451,8 +439,7 @@ class ColorJitter(layers.Layer):
             return x
         each, seed = (ops.shape(x)[0], 1, 1, 1), self.seed_generator
         draw = functools.partial(keras.random.uniform, dtype=self.compute_dtype, seed=seed)
-        factors = draw((3, *each), 1 - self.strength, 1 + self.strength)
-        turns = draw(each, -self.hue, self.hue)
+        factors, turns = draw((3, *each), 0.9, 1.1), draw(each, -0.02, 0.02)
         x = ops.clip(x * factors[0], 0, 255)
         mean = ops.mean(self._grey(x), axis=(1, 2), keepdims=True)
         x = ops.clip(mean + factors[1] * (x - mean), 0, 255)
@@ -503,9 +490,6 @@ def add_preprocessing(network, train_images):
 
 
 # ---------------------------------------------------------------------------------- training
-TEST_BATCH = 400  # Images that are tested at once; up to 16 devices can share them.
-
-
 def make_models(settings, train_images, num_classes):
     """Returns `(network, trainer, classifier)` as `settings` say, the trainer ready for `fit`."""
     sizes = ("patch_size", "hidden_dim", "num_blocks", "tokens_mlp_dim", "channels_mlp_dim")
@@ -521,13 +505,11 @@ def make_models(settings, train_images, num_classes):
         return settings["learning_rate"] * (1 + ops.cos(math.pi * step / half_period)) / 2
 
     optimizer = keras.optimizers.AdamW(rate, settings["weight_decay"], epsilon=1e-8)
-    trainer.compile(
-        optimizer,
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # As the string "accuracy" it would make TensorFlow trace the first step twice.
-        metrics=[keras.metrics.SparseCategoricalAccuracy("accuracy")],
-        jit_compile=keras.backend.backend() == "jax",  # TensorFlow's graph is faster on a CPU.
-    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # As the string "accuracy" it would make TensorFlow trace the first step twice.
+    accuracy = keras.metrics.SparseCategoricalAccuracy("accuracy")
+    compiled = keras.backend.backend() == "jax"  # TensorFlow's graph is faster on a CPU.
+    trainer.compile(optimizer, loss, metrics=[accuracy], jit_compile=compiled)
     trainer.optimizer.build(trainer.trainable_variables)  # Before a checkpoint is loaded.
     return network, trainer, classifier
 
@@ -538,8 +520,8 @@ def check_data(splits, num_classes):
         good = images.ndim == 4 and images.dtype == "uint8" and min(images.shape[1:3]) >= 5
         known = labels.shape == (len(images),) and np.isin(labels, range(num_classes)).all()
         if not good or not known or num_classes < 2:
-            raise UserError(f"The {name} split must be uint8 images (n, height, width, channels), "
-                            "of 5 pixels or more, with labels from 0, two or more. Received: "
+            raise UserError(f"The {name} split must be uint8 images (n, height, width, channels) "
+                            "from 5x5 pixels, and labels from 0, of two classes or more. Received: "
                             f"{images.dtype}, {images.shape}; {labels.shape}")  # fmt: skip
 
 
@@ -590,7 +572,8 @@ def train(settings, data, folder, source=None):
     keras.utils.clear_session()
     devices = keras.distribution.list_devices() if keras.backend.backend() == "jax" else [None]
     # Each device takes the same share of each batch, also of the last and smaller one.
-    count = math.gcd(len(devices), batch_size, TEST_BATCH, len(x_train), len(x_test))
+    test_batch = 400  # Up to 16 devices can share it.
+    count = math.gcd(len(devices), batch_size, test_batch, len(x_train), len(x_test))
     if count > 1:
         shared = keras.distribution.DataParallel(devices=devices[:count])
         keras.distribution.set_distribution(shared)
@@ -605,7 +588,7 @@ def train(settings, data, folder, source=None):
     # A file takes a line for each epoch, a terminal or a notebook the bar.
     verbose = 2 if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty() else 1
     common = {"shuffle": False, "epochs": epochs, "callbacks": [stop], "verbose": verbose}
-    test = feed(x_test, y_test, TEST_BATCH)
+    test = feed(x_test, y_test, test_batch)
     name, mark = run_name(settings), fingerprint(data)
     checkpoint = folder / f".{name}.npz"
     parameters = sum(math.prod(weight.shape) for weight in network.trainable_weights)
@@ -636,8 +619,8 @@ def train(settings, data, folder, source=None):
         known = {"mark": mark, "history": json.dumps(history)}
         write_atomically(checkpoint, lambda path: np.savez(path, *state, **known))
     result = {
-        "command": make_command(settings, source), "settings": settings,
-        "class_names": class_names, "parameters": parameters,
+        "command": make_command(settings | {"dataset": source or settings["dataset"]}),
+        "settings": settings, "class_names": class_names, "parameters": parameters,
         "final_test_accuracy": history["test_accuracy"][-1],
         "best_test_accuracy_selected_on_test": max(history["test_accuracy"]),
         "seconds_per_epoch": float(np.median(history["seconds"])),
@@ -650,8 +633,7 @@ def train(settings, data, folder, source=None):
     write_atomically(folder / f"{name}.keras", classifier.save)
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
     checkpoint.unlink(missing_ok=True)  # The same run, started twice, may have ended before.
-    if count > 1:  # Or loaded models would refuse batches that can't be shared.
-        keras.distribution.set_distribution(None)
+    keras.distribution.set_distribution(None)  # Or loaded models refuse what can't be shared.
     return result
 
 
@@ -662,27 +644,22 @@ def time_prediction(trainer, image, batch_size, rounds=20):
     return 1000 * float(np.median(seconds[2:]))  # Two to warm up.
 
 
-def list_changes(settings, sign):
-    """Returns the settings that aren't the defaults, as strings."""
-    return [f"{k}{sign}{v}" for k, v in settings.items() if k not in RUN and v != DEFAULTS.get(k)]
-
-
-def clean(name):
-    """Returns a name that files, tables and plots can bear: of `.my $pets`, `_my__pets`."""
-    return re.sub(r"^\.|[^\w.-]", "_", name)
+def row_name(settings):
+    """Returns what a run's row in tables is called: model and what isn't default."""
+    changes = [f"{key}_{settings[key]}" for key in DEFAULTS if settings[key] != DEFAULTS[key]]
+    return "-".join([settings["model"], *changes])
 
 
 def run_name(settings):
-    """Returns what a run's files are called: data set, model, what isn't default, seed."""
-    parts = [settings["dataset"], settings["model"], *list_changes(settings, "_")]
-    return clean(f"{'-'.join(parts)}-seed{settings['seed']}")
+    """Returns what a run's files are called: data set, row, seed, as files and plots can bear."""
+    name = f"{settings['dataset']}-{row_name(settings)}-seed{settings['seed']}"
+    return re.sub(r"^\.|[^\w.-]", "_", name)
 
 
-def make_command(settings, source=None):
+def make_command(settings):
     """Returns the command that makes a run of these settings."""
-    run = {**{key: settings[key] for key in RUN}, "dataset": source or settings["dataset"]}
-    given = [*(f"{key}={value}" for key, value in run.items()), *list_changes(settings, "=")]
-    return shlex.join(["python", "hybrid_mixer.py", *(f"--{flag}" for flag in given)])
+    given = [f"--{key}={value}" for key, value in settings.items() if value != DEFAULTS.get(key)]
+    return shlex.join(["python", "hybrid_mixer.py", *given])
 
 
 def load_checkpoint(path, model, mark):
@@ -697,8 +674,7 @@ def load_checkpoint(path, model, mark):
     except FileNotFoundError:
         return {}
     except Exception as error:  # What a file that doesn't fit can fail of is of many classes.
-        told = f"{path} doesn't fit this model or these images: delete it to start anew."
-        raise UserError(told) from error
+        raise UserError(f"{path} doesn't fit this model or these images: delete it.") from error
 
 
 def write_atomically(path, write):
@@ -758,23 +734,20 @@ def load_results(folder):
     for path in folder.glob("[!.]*-seed*.json"):
         run = json.loads(path.read_text())
         run |= DEFAULTS | run["settings"] | {key: np.array(run["history"][key]) for key in CURVES}
-        run |= {"path": path, "dataset": clean(run["dataset"])}
-        run["row"] = "-".join([run["model"], *list_changes(run["settings"], "_")])
+        run |= {"path": path, "row": row_name(run)}
+        run["dataset"] = path.stem.removesuffix(f"-{run['row']}-seed{run['seed']}")
         run["test_accuracy"] = 100 * run["test_accuracy"]
         run["accuracy"] = run["test_accuracy"][-1]
         # The paper's text names no schedule, so its numbers stand beside runs with either.
         run["paper"] = PAPER.get((run["dataset"], run["row"].replace("-schedule_published", "")))
         run["color"] = STYLES.get(run["model"], ["#009E73"])[0]
-        device = "CPU" if run["device"].endswith("CPU cores") else run["device"]  # Of any make.
-        run["hardware"] = f"{device}, {run['backend']}"
-        run["order"] = [*MODELS, run["model"]].index(run["model"]), run["row"], run["seed"]
+        run["hardware"] = re.sub(".* CPU cores", "CPU", f"{run['device']}, {run['backend']}")
         runs.append(run)
-    runs.sort(key=lambda run: run["order"])
+    runs.sort(key=lambda r: ([*MODELS, r["model"]].index(r["model"]), r["row"], r["seed"]))
     for run in runs:  # To `mixer`, shuffled patches are like others.
         row = re.sub("-shuffle_patches_[0-9]+", "", run["row"].replace(run["model"], "mixer", 1))
         base = select(runs, row=row, dataset=run["dataset"], seed=run["seed"])
-        paired = base and base[0] is not run
-        run["gain"] = run["accuracy"] - base[0]["accuracy"] if paired else None
+        run["gains"] = [run["accuracy"] - other["accuracy"] for other in base if other is not run]
     return runs
 
 
@@ -787,7 +760,7 @@ def make_table(runs):
         parts, cells = [select(runs, row=row, dataset=dataset) for dataset in datasets], []
         for part in parts:
             values = [run["accuracy"] for run in part]
-            gains = [run["gain"] for run in part if run["gain"] is not None]
+            gains = [gain for run in part for gain in run["gains"]]
             cell = f"{np.mean(values):.2f}" if part else ""
             cell += f" ± {np.std(values, ddof=1):.2f}" if len(part) > 1 else ""
             cells.append(cell + (f" ({np.mean(gains):+.2f})" if gains else ""))
@@ -822,7 +795,7 @@ def plot_accuracies(runs, path):
     for (place, row), (axis, dataset) in itertools.product(enumerate(rows), zip(axes, datasets)):
         if part := select(runs, row=row, dataset=dataset):
             values, color = [run["accuracy"] for run in part], part[0]["color"]
-            gains = [run["gain"] for run in part if run["gain"] is not None] or [0]
+            gains = [gain for run in part for gain in run["gains"]] or [0]
             axis.barh(place, -np.mean(gains), 0.3, np.mean(values), color=color, alpha=0.35)
             axis.plot(values, [place] * len(part), "o", color=color)
             axis.text(1.02, place, f"{np.mean(values):.1f}", va="center",
@@ -868,12 +841,10 @@ def plot_curves(runs, title, path):
 
 
 def map_blocks(path):
-    """Returns, of each block of a saved model, mean |W1 W2| by the offset of the patch read.
-
-    Offsets run from minus half of height and width to plus half; there are few pairs beyond.
-    """
+    """Returns, of each block of a saved model, mean |W1 W2| by the offset of the patch read."""
     network, maps = keras.saving.load_model(path).layers[-1], {}
     height, width = network.get_layer("patch_embedding").output.shape[1:3]
+    # Up to half of height and width; there are few pairs beyond.
     down, right = (np.arange(-(size // 2), size // 2 + 1) for size in (height, width))
     for block in (layer for layer in network.layers if isinstance(layer, MixerBlock)):
         w1, w2 = (ops.convert_to_numpy(d.kernel) for d in (block.token_hidden, block.token_output))
@@ -885,7 +856,7 @@ def map_blocks(path):
 
 
 def plot_blocks(runs, title, path):
-    """Draws what the blocks of each row's first saved model look at."""
+    """Draws what the blocks of each row's first run look at, where its model was saved."""
     files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(runs)}
     maps = {row: map_blocks(file) for row, file in reversed(files.items()) if file.exists()}
     if not maps:
@@ -924,7 +895,11 @@ def report(folder):
 
 
 # ---------------------------------------------------------------------------- flags and main
-RUN = ("dataset", "seed", "model")  # With these, settings make a run.
+RUN = {  # Default; what is valid; meaning. Every combination is a run.
+    "dataset": ("cifar10", bool, "cifar10, cifar100, shapes, ./folders or names of tfds"),
+    "seed": ("0", lambda seed: seed.isdecimal() and int(seed) < 2**32, "whole numbers below 2**32"),
+    "model": ("hybrid", MODELS.__contains__, ", ".join(MODELS)),
+}
 SETTINGS = {  # Default; bounds or choices; meaning.
     "epochs": (30, (1, None), "Passes over the train split."),
     "batch_size": (128, (1, None), "Images a step."),
@@ -954,12 +929,7 @@ def define_flags():
             define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_float
             define(name, default, text, *limit)
             flags.register_validator(name, math.isfinite, "must be a finite number")
-    lists = (  # Default; what is valid; meaning. Every combination is a run.
-        ("dataset", "cifar10", bool, "cifar10, cifar100, shapes, ./folders or names of tfds"),
-        ("model", "hybrid", MODELS.__contains__, ", ".join(MODELS)),
-        ("seed", "0", lambda s: s.isdecimal() and int(s) < 2**32, "whole numbers below 2**32"),
-    )
-    for name, default, valid, text in lists:
+    for name, (default, valid, text) in RUN.items():
         text = f"one or several, with commas between them, of: {text}"
         flags.DEFINE_list(name, default, text)
         flags.register_validator(name, lambda v, ok=valid: v and all(map(ok, v)), f"must be {text}")
@@ -972,22 +942,20 @@ def sweep(values, folder):
     """Trains all combinations of data set, seed and model that have no result yet."""
     wanted = [values[key] for key in ("data_dir", "image_size", "validation_split")]
     load = functools.cache(lambda dataset: load_data(dataset, *wanted))
-    runs = []
+    runs = {}
     for dataset, seed, model in itertools.product(*(values[key] for key in RUN)):
-        name = dataset
-        if pictures := find_folder(dataset):  # Two folders of one name have other pictures.
-            name = f"{pictures.name}_{fingerprint(load(dataset))}"
+        pictures = find_folder(dataset)  # Two folders of one name have other pictures.
+        name = f"{pictures.name}_{fingerprint(load(dataset))}" if pictures else dataset
         settings = {"dataset": name, "model": model, "seed": int(seed)}
         settings |= {key: values[key] for key in DEFAULTS}
         path = folder / f"{run_name(settings)}.json"
         if path.exists():
             print(f"{path} is done already: delete it to train again.")
         else:
-            load(dataset)  # What is unavailable is told before hours of training.
-            runs.append((path, settings, dataset))
-    for path, settings, dataset in runs:
-        if not path.exists():  # The same run may stand in the command twice.
-            train(settings, load(dataset), folder, dataset)
+            # What is unavailable is told before hours of training.
+            runs[path] = settings, load(dataset), folder, dataset
+    for run in runs.values():
+        train(*run)
 
 
 def main(argv):
@@ -1006,9 +974,7 @@ def main(argv):
         print(f"{machine['device']}, Keras {machine['keras']} on {machine['backend']}")
         if not values["plot"]:
             if machine["device"] == machine["processor"]:
-                print("NO GPU FOUND: a CPU does for --dataset shapes, but CIFAR takes hours. An "
-                      'NVIDIA GPU, on Linux, needs pip install "tensorflow[and-cuda]" (or JAX for '
-                      "GPUs).")  # fmt: skip
+                print("NO GPU FOUND: a CPU does for --dataset shapes; for CIFAR, see README.md.")
             sweep(values, folder)
         print(report(folder), flush=True)
     except UserError as error:
