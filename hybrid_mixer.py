@@ -35,8 +35,8 @@ from absl import app, flags, logging
 
 if __name__ == "__main__":  # TensorFlow and Keras read these as they start.
     os.environ.setdefault("TF_CPU_ALLOCATOR_USE_BFC", "true")  # On a CPU up to 1.4 times as fast.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # Hides information, not warnings.
-    if "IPython" not in sys.modules:  # The backend of a notebook may not be installed here.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # Fewer messages.
+    if "IPython" not in sys.modules:  # A notebook's backend may be missing here.
         os.environ["MPLBACKEND"] = "agg"
 
 import keras
@@ -173,7 +173,7 @@ class MixerBlock(layers.Layer):
         self.channel_norm.build(input_shape)
         self.channel_hidden = dense("channel_hidden", channels, self.channels_mlp_dim, "gelu")
         self.channel_output = dense("channel_output", self.channels_mlp_dim, channels)
-        # Each call draws a new mask, so that one layer serves all four places.
+        # Each call draws a new mask, so one layer serves all four places.
         self.drop = layers.Dropout(self.dropout, seed=self.seed, **common)
 
     def call(self, inputs, training=None):
@@ -258,7 +258,7 @@ def build_model(
         x = ops.take(x, np.random.default_rng(shuffle_patches).permutation(tokens[0]), axis=1)
     for i in range(num_blocks + 1):
         if i > 0:
-            # Drawn without dropout too, or later layers' first weights would depend on `dropout`.
+            # Drawn even if dropout is 0, so that first weights don't depend on it.
             block = {"dropout": dropout, "seed": random.randint(1, 10**9), "name": f"block_{i}"}
             x = MixerBlock(tokens_mlp_dim, channels_mlp_dim, **block)(x)
         if i in MODELS[model]:
@@ -301,7 +301,7 @@ def load_data(name, data_dir=None, image_size=0, validation_split=0.0):
 
 
 def find_folder(name):
-    """Returns the path of a folder, if `name` has a slash in it and is one, or `None`."""
+    """Returns the path if `name` has a slash in it and is a folder, else `None`."""
     path = pathlib.Path(name).expanduser()
     return path.resolve() if "/" in name.replace(os.sep, "/") and path.is_dir() else None
 
@@ -321,7 +321,7 @@ def fit_picture(picture, size):
 
 
 def fit_pairs(pairs, size):
-    """Returns images, fitted to `size`, and labels of pairs of an array and a label."""
+    """Returns images, fitted to `size`, and labels of pairs `(array, label)`."""
     to_picture = functools.partial(keras.utils.array_to_img, scale=False, **CHANNELS_LAST)
     fitted = [(fit_picture(to_picture(image), size), label) for image, label in pairs]
     return tuple(map(np.array, zip(*fitted)))
@@ -380,7 +380,7 @@ def read_tfds(name, count, data_dir, size):
         data = builder.as_dataset(splits, as_supervised=True, batch_size=batch_size)
         data = [fit_pairs(part, size) if size else part for part in tfds.as_numpy(data)]
         return data, kinds[1].names
-    except Exception as error:  # What a download or a damaged file can fail of is of any class.
+    except Exception as error:  # A download or a damaged file can raise any.
         told = (str(error).strip() or repr(error)).splitlines()[0]
         raise UserError(f"Data set {name!r} is unavailable ({told}): fix that, or take --dataset "
                         "shapes, or a folder with a slash: ./pets.") from error  # fmt: skip
@@ -629,7 +629,7 @@ def train(settings, data, folder, source=None):
         "devices": count, **describe_machine(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "history": history,
     }  # fmt: skip
-    text = json.dumps(result, indent=1, default=lambda x: x.tolist()) + "\n"  # Of NumPy's.
+    text = json.dumps(result, indent=1, default=lambda x: x.tolist()) + "\n"  # NumPy's values.
     write_atomically(folder / f"{name}.keras", classifier.save)
     write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
     checkpoint.unlink(missing_ok=True)  # The same run, started twice, may have ended before.
@@ -673,7 +673,7 @@ def load_checkpoint(path, model, mark):
             return json.loads(file["history"].item())
     except FileNotFoundError:
         return {}
-    except Exception as error:  # What a file that doesn't fit can fail of is of many classes.
+    except Exception as error:  # A file that doesn't fit can raise any.
         raise UserError(f"{path} doesn't fit this model or these images: delete it.") from error
 
 
@@ -685,7 +685,7 @@ def write_atomically(path, write):
 
 
 def describe_machine():
-    """Returns the names of device, backend and versions, a dict of strings."""
+    """Returns device, backend and versions as a dict."""
     backend, info = keras.backend.backend(), pathlib.Path("/proc/cpuinfo")
     library = sys.modules[backend]
     cpu = re.search("model name\t: (.*)", info.read_text() if info.exists() else "")
@@ -717,8 +717,8 @@ STYLES = {  # Colour and words for the plots; all others are green.
     "hybrid_late": ("#56B4E9", "the text's convolution after block 1"),
     "hybrid_norm": ("#CC79A7", "1 with batch norm, GELU before block 1"),
     "hybrid_norm_late": ("#777777", "1 with batch norm, GELU after block 1"),
-    "interleaved": ("#009E73", "the paper's code: 5 convolutions, every 2nd block"),
-    "interleaved_3": ("#332288", "3 convolutions, every 3rd block"),
+    "interleaved": ("#009E73", "the paper's code: a convolution every 2nd block"),
+    "interleaved_3": ("#332288", "a convolution every 3rd block"),
 }
 CURVES = ("train_loss", "test_loss", "test_accuracy")
 
@@ -744,7 +744,7 @@ def load_results(folder):
         run["hardware"] = re.sub(".* CPU cores", "CPU", f"{run['device']}, {run['backend']}")
         runs.append(run)
     runs.sort(key=lambda r: ([*MODELS, r["model"]].index(r["model"]), r["row"], r["seed"]))
-    for run in runs:  # To `mixer`, shuffled patches are like others.
+    for run in runs:  # A shuffled `mixer` would be like any other.
         row = re.sub("-shuffle_patches_[0-9]+", "", run["row"].replace(run["model"], "mixer", 1))
         base = select(runs, row=row, dataset=run["dataset"], seed=run["seed"])
         run["gains"] = [run["accuracy"] - other["accuracy"] for other in base if other is not run]
@@ -811,7 +811,7 @@ def plot_accuracies(runs, path):
 
 
 def plot_curves(runs, title, path):
-    """Draws loss and accuracy over epochs: the mean of all seeds in a band of their deviation."""
+    """Draws loss and accuracy over epochs: means of seeds in bands of a standard deviation."""
     figure = make_figure(10, 4.5, title)
     loss, accuracy = figure.subplots(1, 2)
     dashes = {run["color"]: itertools.cycle(["-", "--", ":", "-."]) for run in runs}
@@ -859,6 +859,7 @@ def plot_blocks(runs, title, path):
     """Draws what the blocks of each row's first run look at, where its model was saved."""
     files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(runs)}
     maps = {row: map_blocks(file) for row, file in reversed(files.items()) if file.exists()}
+    path.unlink(missing_ok=True)
     if not maps:
         return
     figure = make_figure(10, 1.6 * len(maps) + 0.5, title)
@@ -905,7 +906,7 @@ SETTINGS = {  # Default; bounds or choices; meaning.
     "batch_size": (128, (1, None), "Images a step."),
     "learning_rate": (3e-3, (0, 1e3), "Peak learning rate of AdamW."),
     "weight_decay": (5e-4, (0, 1e3), "AdamW's weight decay."),
-    "schedule": ("cosine", ["cosine", "published"], "Learning rate over time; the authors' own."),
+    "schedule": ("cosine", ["cosine", "published"], "Learning rate: one fall, or the authors'."),
     "dropout": (0.15, (0, 0.99), "Chance of an activation to be zeroed."),
     "patch_size": (4, (1, None), "Height and width of a patch, in pixels."),
     "hidden_dim": (128, (1, None), "Channels of a token."),
@@ -915,7 +916,7 @@ SETTINGS = {  # Default; bounds or choices; meaning.
     "precision": ("float32", ["float32", "mixed_bfloat16", "mixed_float16"], "Dtype policy."),
     "image_size": (0, (0, None), "Pixels of both sides to fit images to; 0: their own size."),
     "validation_split": (0.0, (0, 0.9), "Last share of train images to test on; 0 for none."),
-    "shuffle_patches": (0, (0, None), "Seed of one fixed order of all images' patches; 0: off."),
+    "shuffle_patches": (0, (0, None), "Seed of one order for all images' patches; 0: their own."),
 }
 DEFAULTS = {name: default for name, (default, _, _) in SETTINGS.items()}
 
@@ -944,7 +945,7 @@ def sweep(values, folder):
     load = functools.cache(lambda dataset: load_data(dataset, *wanted))
     runs = {}
     for dataset, seed, model in itertools.product(*(values[key] for key in RUN)):
-        pictures = find_folder(dataset)  # Two folders of one name have other pictures.
+        pictures = find_folder(dataset)  # Folders of one name may differ in pictures.
         name = f"{pictures.name}_{fingerprint(load(dataset))}" if pictures else dataset
         settings = {"dataset": name, "model": model, "seed": int(seed)}
         settings |= {key: values[key] for key in DEFAULTS}
