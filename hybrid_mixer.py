@@ -842,7 +842,11 @@ def plot_curves(runs, title, path):
 
 def map_blocks(path):
     """Returns, of each block of a saved model, mean |W1 W2| by the offset of the patch read."""
-    network, maps = keras.saving.load_model(path).layers[-1], {}
+    try:
+        network, maps = keras.saving.load_model(path).layers[-1], {}
+    except Exception as error:  # Keras 3.10 can't load what 3.15 has saved.
+        print(f"Left out of the plot of blocks: {path} ({error!r})", file=sys.stderr)
+        return {}
     height, width = network.get_layer("patch_embedding").output.shape[1:3]
     # Up to half of height and width; there are few pairs beyond.
     down, right = (np.arange(-(size // 2), size // 2 + 1) for size in (height, width))
@@ -859,6 +863,7 @@ def plot_blocks(runs, title, path):
     """Draws what the blocks of each row's first run look at, where its model was saved."""
     files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(runs)}
     maps = {row: map_blocks(file) for row, file in reversed(files.items()) if file.exists()}
+    maps = {row: blocks for row, blocks in maps.items() if blocks}
     path.unlink(missing_ok=True)
     if not maps:
         return

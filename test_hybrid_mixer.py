@@ -1065,7 +1065,7 @@ def fake_run(folder, model, seed, accuracy, **changes):
 
 
 @pytest.mark.filterwarnings("error")
-def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path):
+def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path, capsys):
     for model, seed, accuracy in (
         ("mixer", 0, 0.70), ("mixer", 1, 0.74), ("hybrid", 1, 0.80), ("hybrid", 0, 0.78),
         ("hybrid", 2, 0.88),
@@ -1077,7 +1077,10 @@ def test_table_pairs_seeds_and_keeps_settings_apart(tmp_path):
     path, run = fake_run(tmp_path, "interleaved", 0, 0.6, dataset="cifar100")
     path.write_text(json.dumps({**run, "parameters": 7654321}))
     fake_run(tmp_path, "mixer", 9, 0.9)[0].rename(tmp_path / ".partial-1-mixer-seed9.json")
+    (tmp_path / "cifar10-hybrid-seed0.keras").write_bytes(b"a newer version's")
     table = hm.report(tmp_path)
+    told = f"Left out of the plot of blocks: {tmp_path}/cifar10-hybrid-seed0.keras ("
+    assert told in capsys.readouterr().err
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     # Standard deviations by hand: of 70, 74 and of 80, 78, 88; the gains are 8 and 6.
     assert rows[0] == ["model", "parameters", "cifar10, %", "cifar100, %", "paper, %"]
