@@ -864,7 +864,6 @@ def plot_blocks(runs, title, path):
     files = {run["row"]: run["path"].with_suffix(".keras") for run in reversed(runs)}
     maps = {row: map_blocks(file) for row, file in reversed(files.items()) if file.exists()}
     maps = {row: blocks for row, blocks in maps.items() if blocks}
-    path.unlink(missing_ok=True)
     if not maps:
         return
     figure = make_figure(10, 1.6 * len(maps) + 0.5, title)
