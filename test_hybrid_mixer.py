@@ -1206,6 +1206,7 @@ COMPARED = {  # In each folder a model, and after the slash the one beside it.
     "table1": "hybrid/mixer hybrid_norm/mixer hybrid_norm_late/mixer interleaved/mixer "
     "interleaved_3/mixer hybrid_norm_late/hybrid_norm hybrid_norm_late/hybrid "
     "interleaved_3/interleaved",
+    "control": "interleaved-shuffle_patches_1/mixer",
     "h100": "hybrid_norm/mixer hybrid_norm_late/mixer interleaved/mixer interleaved_3/mixer "
     "hybrid_norm_late/hybrid_norm",
 }
@@ -1241,7 +1242,7 @@ def test_readmes_tables_and_headline_numbers_are_those_of_the_results():
     assert (RESULTS / "demo" / "table.md").read_text().split("\n\n")[0] in readme
     for table in (make_intervals(), make_costs()):
         assert table in doubts, table
-    for folder in ("published", "study", "speed", "shapes", "h100", "strong"):
+    for folder in ("control", "published", "study", "speed", "shapes", "h100", "strong"):
         table = (RESULTS / folder / "table.md").read_text().split("\n\n")[0]
         assert table in doubts, table
     text, code, place = re.findall(r"^- (?:.+\n)(?:  .+\n)*", readme, re.MULTILINE)[:3]
